@@ -1,0 +1,71 @@
+"""Clock, randomness and threads, injected everywhere so that a simulation can replay a seed.
+
+This is the only module that may touch `time`, `os.urandom` or start threads for the engine (ruff TID251 bans the
+globals elsewhere). Wall clocks are not offered at all: time stamps come from the store (`ObjectStore.server_time_s`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+#: Threads that wait for S3. boto3 needs about 1 ms of the GIL for a request, so more of them add nothing.
+IO_THREADS = 32
+
+
+class Runtime(Protocol):
+    """What the engine needs from the machine it runs on."""
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never jumps and counts suspended time (CLOCK_BOOTTIME)."""
+        ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def token(self, size_bytes: int) -> bytes:
+        """`size_bytes` unpredictable bytes; two processes never get the same ones."""
+        ...
+
+    def uniform(self, low: float, high: float) -> float:
+        """A random number for jitter; not for names."""
+        ...
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on an I/O thread."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what was submitted and end the threads."""
+        ...
+
+
+class SystemRuntime:
+    """The real machine. Threads start at the first `submit`, so building one before a fork is harmless."""
+
+    def __init__(self, threads: int = IO_THREADS) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="s3blockfs-io")
+        self._jitter = random.Random()
+
+    def monotonic(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def token(self, size_bytes: int) -> bytes:
+        return os.urandom(size_bytes)
+
+    def uniform(self, low: float, high: float) -> float:
+        return self._jitter.uniform(low, high)
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        return self._executor.submit(function)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
