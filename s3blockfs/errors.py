@@ -126,7 +126,7 @@ class CommitLost(S3BlockFSError):
 
 
 class OutcomeUnknown(S3BlockFSError):
-    """The store could not be asked whether the commit applied; the database is closed to all calls until it is settled."""
+    """Nobody could tell whether the commit applied; every call on the database fails until it is settled."""
 
     exit_code = 5
 
