@@ -1,0 +1,128 @@
+"""Does the store honour If-Match and If-None-Match on PUT? Asked before the first write, never by readers.
+
+A store that ignores the conditions lets every racing writer win, so two of them would destroy each other's commits.
+The answer is remembered under the mounted prefix (`.s3blockfs/store`), and that very object is what is probed:
+
+1. PUT If-None-Match: *   creates it, "probing"      412: somebody else's probe; go on with his object
+2. the same again         must be 412                200: the store ignores If-None-Match
+3. PUT If-Match: wrong    must be 412                200: the store ignores If-Match
+4. PUT If-Match: right    must apply, "safe"         412: another prober finished first, or nothing ever matches
+
+Only "safe" is ever remembered, and only step 4 writes it, so it always follows two refusals. An unsafe store is asked
+again by every first write: two PUTs, and the answer changes by itself once the store was upgraded. Every step starts
+from what a GET found, hence an unknown outcome, a prober that died and racing probers are all "start over".
+Four PUTs at most when every outcome is known; nothing is deleted. Threads: any; nothing is kept in memory.
+Does not belong here: `--only-writer`, with which the caller does not ask at all.
+"""
+
+from __future__ import annotations
+
+import json
+
+from s3blockfs.errors import ObjectNotFound, PreconditionFailed, ReadOnly, RequestInDoubt, StoreUnavailable
+from s3blockfs.format.keys import HIDDEN_FOLDER, join
+from s3blockfs.objectstore import ObjectStore
+from s3blockfs.runtime import Runtime
+
+#: How often to start over; the waits in between grow from 0.1 s to 1.6 s, about 4 s in all.
+ATTEMPTS = 6
+
+SAFE = "safe"
+PROBING = "probing"
+
+WHAT_TO_DO = (
+    "two writers would destroy each other's commits, so nothing is written: use AWS S3, MinIO, R2, Ceph or "
+    "SeaweedFS >= 4.16, or say --only-writer if nobody else ever writes there"
+)
+
+
+def probe(store: ObjectStore, prefix: str, runtime: Runtime) -> str | None:
+    """Ask the store now, with a temporary key under `prefix`. None: safe; else what is wrong, as a clause.
+
+    Raises StoreUnavailable when no definite answer could be had, and what GET, PUT and DELETE raise.
+    """
+    key = join(prefix, HIDDEN_FOLDER, f"doctor-{runtime.token(8).hex()}")
+    try:
+        return _settle(store, key, runtime)
+    finally:
+        store.delete([key], site="probe.cleanup")
+
+
+def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
+    """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
+
+    Raises ReadOnly when it is not safe, StoreUnavailable when no definite answer could be had, and what GET and PUT
+    raise (AccessDenied with read-only credentials).
+    """
+    wrong = _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)
+    if wrong is not None:
+        raise ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
+
+
+def _settle(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            runtime.sleep(0.1 * 2 ** (attempt - 1) * runtime.uniform(0.5, 1.5))
+        try:
+            return _steps(store, key, runtime)
+        except (RequestInDoubt, _Moved, ObjectNotFound) as error:
+            last = error
+    raise StoreUnavailable(
+        f"{store.name}/{key}: cannot find out whether the store honours If-Match ({last}); try again"
+    ) from last
+
+
+class _Moved(Exception):
+    """Somebody else changed the probed object between two steps."""
+
+
+def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
+    try:
+        found = store.get(key, site="probe.get")
+    except ObjectNotFound:
+        try:
+            etag = store.put(key, _body(PROBING, runtime), site="probe.create", if_absent=True)
+        except PreconditionFailed as error:
+            raise _Moved("another prober was faster") from error
+    else:
+        if _is_safe(found.body):
+            return None
+        etag = found.etag
+    if not _refused(store, key, runtime, site="probe.again", if_absent=True):
+        return "this store ignores If-None-Match"
+    if not _refused(store, key, runtime, site="probe.wrong", if_match=f'"{runtime.token(16).hex()}"'):
+        return "this store ignores If-Match"
+    try:
+        store.put(key, _body(SAFE, runtime), site="probe.right", if_match=etag)
+    except PreconditionFailed as error:
+        found = store.get(key, site="probe.get")
+        if _is_safe(found.body):
+            return None
+        if found.etag == etag:
+            return "this store refuses If-Match also with the right ETag"
+        raise _Moved("somebody else changes it all the time") from error
+    return None
+
+
+def _refused(
+    store: ObjectStore, key: str, runtime: Runtime, *, site: str, if_absent: bool = False, if_match: str | None = None
+) -> bool:
+    try:
+        store.put(key, _body(PROBING, runtime), site=site, if_absent=if_absent, if_match=if_match)
+    except PreconditionFailed:
+        return True
+    return False
+
+
+def _body(state: str, runtime: Runtime) -> bytes:
+    # The nonce: ETags are content hashes, and two probers must not write equal objects.
+    return json.dumps({"s3blockfs": 1, "state": state, "nonce": runtime.token(8).hex()}).encode() + b"\n"
+
+
+def _is_safe(body: bytes) -> bool:
+    """Anything but a finished result, rubbish included, is probed (and thereby replaced)."""
+    try:
+        fields = json.loads(body)
+    except ValueError:  # UnicodeDecodeError is one as well
+        return False
+    return isinstance(fields, dict) and fields.get("state") == SAFE

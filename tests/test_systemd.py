@@ -1,0 +1,88 @@
+"""The unit file as systemd itself judges it, and the messages that Type=notify waits for."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from s3blockfs import notify
+from s3blockfs.errors import EnvironmentProblem
+
+UNIT = Path(__file__).parent.parent / "systemd" / "s3blockfs@.service"
+
+
+def complaints(unit: Path) -> str:
+    """What `systemd-analyze verify` says about the unit; it exits 0 even when it ignores a line."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", unit],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.stdout + done.stderr + (f"exit code {done.returncode}" if done.returncode else "")
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    unit = Path(shutil.copy(UNIT, tmp_path))
+    assert complaints(unit) == ""
+
+
+@pytest.mark.parametrize("good", ["KillMode=mixed", "Type=notify", "ExecStart=/usr/bin/env"])
+def test_systemd_would_notice_a_mistake(tmp_path: Path, good: str) -> None:
+    unit = tmp_path / UNIT.name
+    text = UNIT.read_text()
+    assert good in text
+    unit.write_text(text.replace(good, good + "-mistake"))
+    assert "s3blockfs@" in complaints(unit)
+
+
+def test_nothing_puts_the_service_into_a_mount_namespace() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # keep the case of names
+    unit.read(UNIT)
+    service = dict(unit["Service"])
+    hiding = ("Private", "Protect", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Root", "Temporary", "DynamicUser")
+    assert [name for name in service if name.startswith((*hiding, "Mount", "NoNewPrivileges"))] == []
+    assert int(service["TimeoutStopSec"]) >= 90
+    assert service["EnvironmentFile"] == "/etc/s3blockfs/%i.env"
+
+
+@pytest.fixture(params=["file", "abstract"])
+def listener(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> socket.socket:
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    request.addfinalizer(channel.close)
+    channel.settimeout(10)
+    if request.param == "file":
+        channel.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    else:
+        channel.bind("")  # Linux picks a free name in the abstract namespace
+        monkeypatch.setenv("NOTIFY_SOCKET", channel.getsockname().decode().replace("\0", "@", 1))
+    return channel
+
+
+def test_messages_reach_systemd(listener: socket.socket) -> None:
+    notify.ready("mounted on /srv\nfor all")
+    notify.status("3 databases")
+    notify.stopping()
+    received = [listener.recv(4096) for _ in range(3)]
+    assert received == [b"READY=1\nSTATUS=mounted on /srv for all", b"STATUS=3 databases", b"STOPPING=1"]
+
+
+def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setattr(socket, "socket", None)  # any use of it would be a TypeError
+    notify.ready()
+    notify.status("x")
+    notify.stopping()
+
+
+def test_a_named_socket_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    with pytest.raises(EnvironmentProblem, match="NOTIFY_SOCKET"):
+        notify.ready()
