@@ -54,15 +54,15 @@ install_missing() {
 make_venv() {
     local venv=$1 python
     shift
-    if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
         python=$(find_python) || die "needs Python 3.10 or newer with venv; install python3 and python3-venv"
         "$python" -m venv --clear "$venv"
     fi
-    if [[ $(cat "$venv/installed" 2>/dev/null) != "$(echo "$@" && cat pyproject.toml)" ]]; then
+    if [[ $(cat "$venv/installed" 2>/dev/null) != "$(printf "%s\n" "$@" && cat pyproject.toml)" ]]; then
         # pip installs dependency groups since 25.1.
         "$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
         "$venv/bin/python" -m pip install -q "$@"
-        (echo "$@" && cat pyproject.toml) >"$venv/installed"
+        (printf "%s\n" "$@" && cat pyproject.toml) >"$venv/installed"
     fi
     PATH=$(realpath "$venv")/bin:$PATH
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
+import json
 import logging
 import os
 import re
@@ -173,7 +174,7 @@ def test_targets(text: str, bucket: str, prefix: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "/", "s3://", "s3:///a", "x", "-ab", "a b", "data//", "data//a", "data/a//b", "data/../a", "data/.", "d:e"],
+    ["", "/", "s3://", "s3:///a", "xy", "-abc", "a b", "data//", "data//a", "data/a//b", "data/../a", "data/.", "d:e"],
 )
 def test_bad_targets(text: str) -> None:
     with pytest.raises(errors.UsageError, match="write BUCKET"):
@@ -404,3 +405,36 @@ def test_doctor_warns_of_a_store_without_conditional_puts(examine: Examine) -> N
     assert "--only-writer" in warning
     assert examine(IgnoringBucket, Config(only_writer=True))[2].startswith("ok  conditional PUTs: this store ignores")
     assert examine(IgnoringBucket, Config(read_only=True))[2] == "ok  conditional PUTs: not needed with --read-only"
+
+
+@pytest.mark.s3
+@pytest.mark.mount
+def test_doctor_with_the_embedded_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = doctor(monkeypatch, "--local", str(tmp_path / "s3"), "fresh/team")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("ok  ")] == []
+    assert (code, len(lines)) == (0, 8)
+    assert json.loads((tmp_path / "s3" / "server.json").read_text())["pid"] == 0, "the server was left running"
+
+
+def test_local_and_an_endpoint_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ("--local", str(tmp_path / "s3"), "--endpoint-url", "http://127.0.0.1:1", "data")
+    assert doctor(monkeypatch, *arguments) == 2
+    assert "leave out --endpoint-url" in capsys.readouterr().err
+    assert not (tmp_path / "s3").exists()
+
+
+def test_doctor_with_an_endpoint_where_nobody_listens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never-shown")
+    arguments = ("--debug", "--request-deadline", "1", "--endpoint-url", "http://127.0.0.1:1", "data")
+    assert doctor(monkeypatch, *arguments) == 1
+    shown = capsys.readouterr()
+    assert re.search(r"^FIX bucket: s3://data.*; check", shown.out, re.MULTILINE)
+    assert "never-shown" not in shown.out + shown.err

@@ -57,7 +57,7 @@ _SWITCH = {
 }
 
 # The rules of AWS for new and old buckets, widened to what MinIO and Ceph accept.
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
 
 def size(text: str) -> int:
@@ -228,7 +228,9 @@ def parse_target(text: str) -> Target:
 
 
 @contextmanager
-def open_store(namespace: argparse.Namespace, target: Target, runtime: Runtime) -> Iterator[S3Store]:
+def open_store(
+    namespace: argparse.Namespace, target: Target, runtime: Runtime, counters: telemetry.Counters | None = None
+) -> Iterator[S3Store]:
     """The store of `target`. With --local its server runs as long as the context, and the bucket is created if missing.
 
     Sends nothing to a store on the network yet, so a missing bucket shows at the first request.
@@ -248,7 +250,8 @@ def open_store(namespace: argparse.Namespace, target: Target, runtime: Runtime) 
 
             server = stack.enter_context(EmbeddedServer.join(Path(namespace.local), runtime)).endpoint
             where = {"endpoint_url": server.url, "access_key": server.access_key, "secret_key": server.secret_key}
-        store = S3Store(target.bucket, runtime=runtime, request_deadline_s=config.request_deadline_s, **where)
+        deadline_s = config.request_deadline_s
+        store = S3Store(target.bucket, runtime=runtime, request_deadline_s=deadline_s, counters=counters, **where)
         stack.callback(store.close)
         if namespace.local is not None:
             try:
