@@ -1,7 +1,7 @@
 """The options that commands share: flags, their environment variables, targets, and the store they lead to.
 
 Every field of `Config` is an option; its type decides how the text is read. Each option is also an environment variable
-`S3BLOCKFS_<OPTION>`; the flag wins. A sub-parser takes `parents=[common()]` or `parents=[store_options()]`.
+`S3BLOCKFS_<OPTION>`; the flag wins. The sub-parser of a command that opens a store takes `parents=[store_options()]`.
 """
 
 from __future__ import annotations
@@ -164,21 +164,18 @@ STORE = (
 )
 
 
-def common() -> argparse.ArgumentParser:
-    """The parent parser of every command: --log-level, --log-file, --debug."""
-    return _parent(COMMON)
-
-
 def store_options() -> argparse.ArgumentParser:
-    """The parent parser of commands that talk to a store: Config's fields, --local, and what `common` has."""
-    return _parent(STORE + COMMON)
-
-
-def _parent(options: tuple[Option, ...]) -> argparse.ArgumentParser:
+    """The parent parser of commands that talk to a store: Config's fields and --local."""
     parser = argparse.ArgumentParser(add_help=False)
-    for option in options:
+    for option in STORE:
         option.add_to(parser)
     return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command --log-level, --log-file and --debug; main does it for all of them."""
+    for option in COMMON:
+        option.add_to(parser)
 
 
 def apply_environment(namespace: argparse.Namespace) -> None:
