@@ -1,0 +1,59 @@
+"""`s3blockfs serve DIR`: the embedded S3 server in the foreground, for other programs and other commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+from pathlib import Path
+
+from s3blockfs.embedded import EmbeddedServer
+from s3blockfs.errors import EnvironmentProblem
+from s3blockfs.runtime import Runtime, SystemRuntime
+
+WATCH_S = 1.0
+
+
+def run(directory: Path, runtime: Runtime) -> int:
+    """Start or join the server of `directory`, say how to use it, and leave at SIGINT or SIGTERM.
+
+    Raises EnvironmentProblem as `EmbeddedServer.join` does, and when the server ends under us.
+    """
+    # SIGTERM becomes an exception like SIGINT: it then also ends a start that hangs, and cleans up.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt), EmbeddedServer.join(directory, runtime) as server:
+            print(
+                f"S3 endpoint  {server.endpoint.url}  (path-style addresses, any region)\n"
+                f"keys         access_key and secret_key in {server.directory / 'server.json'}\n"
+                f"use it       s3blockfs COMMAND --local {directory} ...\n"
+                "Ctrl-C leaves; the server ends with its last user.",
+                flush=True,
+            )
+            while server.alive:
+                runtime.sleep(WATCH_S)
+            raise EnvironmentProblem(
+                f"{directory}: the embedded S3 server ended; read {server.directory / 'server.log'}, then start again"
+            )
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run(options: argparse.Namespace) -> int:
+    runtime = SystemRuntime()
+    try:
+        return run(options.directory, runtime)
+    finally:
+        runtime.close()
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register `serve DIR`."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the embedded S3 server in the foreground",
+        description="Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where the data is kept; created if missing")
+    parser.set_defaults(run=_run)
