@@ -1,0 +1,153 @@
+"""The block map of one head: which block object holds each block. Immutable; leaves are fetched when first needed.
+
+A block that no extent covers is a hole. A map that has outgrown the head is cut into leaves, of which a commit uploads
+only those it changed.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from s3blockfs.format import extents as codec
+from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
+
+
+class _Leaf:
+    """Extents from block `first` up to the next leaf's; `ref` is where they are stored, None if new."""
+
+    __slots__ = ("_extents", "_lock", "first", "ref")
+
+    def __init__(self, first: int, ref: LeafRef | None, extents: tuple[Extent, ...] | None) -> None:
+        self.first = first
+        self.ref = ref
+        self._extents = extents
+        self._lock = threading.Lock()
+
+    def extents(self, load: Callable[[LeafRef], tuple[Extent, ...]]) -> tuple[Extent, ...]:
+        with self._lock:
+            if self._extents is None:
+                assert self.ref is not None
+                self._extents = load(self.ref)
+            return self._extents
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedMap:
+    """How a map goes into a head: either inline extents, or leaves, of which `uploads` must be stored first."""
+
+    extents: tuple[Extent, ...]
+    leaves: tuple[LeafRef, ...]
+    uploads: tuple[tuple[LeafRef, bytes], ...]
+
+
+class BlockMap:
+    """Sorted, disjoint extents."""
+
+    def __init__(self, leaves: Sequence[_Leaf], load: Callable[[LeafRef], tuple[Extent, ...]]) -> None:
+        self._leaves = tuple(leaves) or (_Leaf(0, None, ()),)
+        self._firsts = [leaf.first for leaf in self._leaves]
+        self._load = load
+
+    @classmethod
+    def of(
+        cls,
+        extents: tuple[Extent, ...],
+        leaves: tuple[LeafRef, ...],
+        load: Callable[[LeafRef], tuple[Extent, ...]],
+    ) -> BlockMap:
+        """`load` fetches and decodes one leaf; it may raise whatever a GET raises."""
+        if leaves:
+            return cls([_Leaf(leaf.first, leaf, None) for leaf in leaves], load)
+        return cls([_Leaf(0, None, extents)], load)
+
+    def find(self, first: int, end: int) -> Iterator[Extent]:
+        """The extents that overlap blocks first..end, clipped to them, in order."""
+        index = max(0, bisect_right(self._firsts, first) - 1)
+        while index < len(self._leaves) and (index == 0 or self._firsts[index] < end):
+            rows = self._leaves[index].extents(self._load)
+            row = max(0, bisect_right(rows, first, key=lambda extent: extent.first) - 1)
+            while row < len(rows) and rows[row].first < end:
+                clipped = _clip(rows[row], first, end)
+                if clipped is not None:
+                    yield clipped
+                row += 1
+            index += 1
+
+    def overlaps(self, extents: Sequence[Extent]) -> bool:
+        """Whether putting `extents` in would drop anything: then the old head must be archived first."""
+        return any(True for extent in extents for _ in self.find(extent.first, extent.end))
+
+    def replace(self, new: Sequence[Extent]) -> BlockMap:
+        """With `new` (disjoint) laid over it. Per block the extent with the higher seq stays (merging a fold or a bulk
+        commit into a newer head)."""
+        if not new:
+            return self
+        todo = sorted(new)
+        leaves: list[_Leaf] = []
+        for index, leaf in enumerate(self._leaves):
+            limit = self._firsts[index + 1] if index + 1 < len(self._leaves) else None
+            mine = [c for e in todo if (c := _clip(e, leaf.first, e.end if limit is None else limit)) is not None]
+            if not mine:
+                leaves.append(leaf)
+                continue
+            merged = _merge(leaf.extents(self._load), mine)
+            for start in range(0, max(1, len(merged)), LEAF_EXTENTS):
+                part = tuple(merged[start : start + LEAF_EXTENTS])
+                leaves.append(_Leaf(part[0].first if start else leaf.first, None, part))
+        return BlockMap(leaves, self._load)
+
+    def encode(self, rev: int, nonce: Callable[[], bytes]) -> EncodedMap:
+        """Inline if it fits and no leaf was ever stored, else leaves; `rev` names those that are uploaded."""
+        if all(leaf.ref is None for leaf in self._leaves):
+            extents = tuple(e for leaf in self._leaves for e in leaf.extents(self._load))
+            if len(extents) <= LEAF_EXTENTS and len(codec.encode(extents)) <= INLINE_MAP_BYTES:
+                return EncodedMap(extents, (), ())
+        refs: list[LeafRef] = []
+        uploads: list[tuple[LeafRef, bytes]] = []
+        for number, leaf in enumerate(self._leaves):
+            if leaf.ref is None:
+                body = codec.encode(leaf.extents(self._load))
+                ref = LeafRef(leaf.first, number, rev, nonce(), zlib.crc32(body))
+                uploads.append((ref, body))
+            else:
+                ref = leaf.ref
+            refs.append(ref)
+        return EncodedMap((), tuple(refs), tuple(uploads))
+
+
+def _clip(extent: Extent, first: int, end: int) -> Extent | None:
+    low, high = max(extent.first, first), min(extent.end, end)
+    if low >= high:
+        return None
+    return extent._replace(first=low, blocks=high - low, slot=extent.slot + low - extent.first)
+
+
+def _merge(old: Sequence[Extent], new: Sequence[Extent]) -> list[Extent]:
+    """Both sorted and disjoint. Where they overlap, the higher seq wins; neighbours in one object are joined."""
+    edges = sorted({edge for e in (*old, *new) for edge in (e.first, e.end)})
+    result: list[Extent] = []
+    i = j = 0
+    for low, high in pairwise(edges):
+        while i < len(old) and old[i].end <= low:
+            i += 1
+        while j < len(new) and new[j].end <= low:
+            j += 1
+        here = [c for rows, k in ((old, i), (new, j)) if k < len(rows) and (c := _clip(rows[k], low, high)) is not None]
+        if not here:
+            continue
+        best = max(here, key=lambda extent: extent.seq)
+        last = result[-1] if result else None
+        if (
+            last is not None
+            and last.end == best.first
+            and (last.ref, last.seq, last.slot + last.blocks) == (best.ref, best.seq, best.slot)
+        ):
+            result[-1] = last._replace(blocks=last.blocks + best.blocks)
+        else:
+            result.append(best)
+    return result

@@ -1,0 +1,158 @@
+"""LRU cache of immutable frames (blocks and log extents), and the only code that fetches them.
+
+Names are never reused, so an entry is valid for ever: below the head there is no cache invalidation. Concurrent misses
+of one frame share one GET; frames that lie next to each other in one object are fetched by one ranged GET.
+
+Thread rule: any thread. Does not belong here: what a frame means (snapshot.py), when to read ahead (prefetch.py).
+
+Invariants: a key is in `_inflight` exactly while one thread is fetching it; whoever put it there resolves its future
+and removes it, on success and on failure.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
+from typing import NamedTuple
+
+from cachetools import LRUCache
+
+from s3blockfs.errors import DamagedObject, ObjectNotFound, StoreUnavailable
+from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
+from s3blockfs.format.keys import ObjectRef
+from s3blockfs.objectstore import ObjectStore
+from s3blockfs.runtime import Runtime
+
+#: Two frames of one object this close together are fetched by one GET: at 15 ms and 100 MB/s a request costs as much
+#: time as 1.5 MB, in money as much as nothing; but bytes of other frames are thrown away.
+MAX_GAP_BYTES = 64 * 1024
+
+
+class _Key(NamedTuple):
+    prefix: str
+    ref: ObjectRef
+    pos: int
+
+
+class BlockCache:
+    """Shared by every database of a mount or process."""
+
+    def __init__(self, store: ObjectStore, runtime: Runtime, capacity_bytes: int, patience_s: float) -> None:
+        """`patience_s` bounds the wait for a GET that another thread is making."""
+        self._store = store
+        self._runtime = runtime
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._frames: LRUCache[_Key, bytes] = LRUCache(capacity_bytes, getsizeof=len)
+        self._inflight: dict[_Key, Future[bytes]] = {}
+
+    def fetch(self, prefix: str, addresses: Sequence[FrameAddress]) -> list[bytes]:
+        """The verified bytes of each frame, in order. Raises DamagedObject, or what `ObjectStore.get` raises."""
+        results: dict[FrameAddress, bytes] = {}
+        with self._lock:  # a hit costs one lock and one look-up
+            for address in addresses:
+                hit = self._frames.get(_Key(prefix, address.ref, address.pos))
+                if hit is not None:
+                    results[address] = hit
+        missing = [address for address in addresses if address not in results]
+        if missing:
+            claimed, waiting = self._claim(prefix, missing)
+            runs = _runs(claimed)
+            for run in runs[1:]:
+                self._runtime.submit(partial(self._fetch_run, prefix, run))
+            if runs:
+                self._fetch_run(prefix, runs[0])
+            for address, future in waiting:
+                try:
+                    results[address] = future.result(timeout=self._patience_s)
+                except FutureTimeout:
+                    key = address.ref.key(prefix)
+                    raise StoreUnavailable(f"{self._store.name}/{key}: no answer in {self._patience_s:g} s") from None
+        return [results[address] for address in addresses]
+
+    def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
+        """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
+        for run in _runs(self._claim(prefix, addresses)[0]):
+            self._runtime.submit(partial(self._fetch_run, prefix, run))
+
+    def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
+        """Remember bytes that this process uploaded itself."""
+        with self._lock:
+            self._insert(_Key(prefix, address.ref, address.pos), data)
+
+    def _claim(
+        self, prefix: str, addresses: Iterable[FrameAddress]
+    ) -> tuple[list[FrameAddress], list[tuple[FrameAddress, Future[bytes]]]]:
+        """(those that the caller must fetch now, a future for each that is not in the cache)."""
+        claimed, waiting = [], []
+        with self._lock:
+            for address in addresses:
+                key = _Key(prefix, address.ref, address.pos)
+                future = self._inflight.get(key)
+                if future is None:
+                    hit = self._frames.get(key)
+                    future = Future()
+                    if hit is not None:
+                        future.set_result(hit)
+                    else:
+                        self._inflight[key] = future
+                        claimed.append(address)
+                waiting.append((address, future))
+        return claimed, waiting
+
+    def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
+        """One GET for frames of one object; resolves the future of each, whatever happens."""
+        start, end = run[0].pos, run[-1].end
+        key = run[0].ref.key(prefix)
+        body = b""
+        failure: BaseException | None = None
+        try:
+            body = self._store.get(key, site="block", start=start, length=end - start).body
+        except ObjectNotFound:
+            failure = DamagedObject(f"{self._store.name}/{key}: missing; run `s3blockfs doctor` on the bucket")
+        except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
+            failure = error
+        view = memoryview(body)
+        for address in run:
+            data = b""
+            frame_failure = failure
+            if frame_failure is None:
+                try:
+                    frame = view[address.pos - start : address.end - start]
+                    data = decode_frame(frame, address, f"{self._store.name}/{key}")
+                except DamagedObject as error:
+                    frame_failure = error
+            with self._lock:
+                future = self._inflight.pop(_Key(prefix, address.ref, address.pos))
+                if frame_failure is None:
+                    self._insert(_Key(prefix, address.ref, address.pos), data)
+            if frame_failure is None:
+                future.set_result(data)
+            else:
+                future.set_exception(frame_failure)
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure  # KeyboardInterrupt and the like belong to this thread too
+
+    def _insert(self, key: _Key, data: bytes) -> None:
+        if len(data) <= self._frames.maxsize:
+            self._frames[key] = data
+
+
+def _runs(addresses: Iterable[FrameAddress]) -> list[list[FrameAddress]]:
+    """Group into ranges for one GET each: same object, at most MAX_GAP_BYTES apart, at most about OBJECT_BYTES long."""
+    runs: list[list[FrameAddress]] = []
+    for address in sorted(set(addresses), key=lambda a: (a.ref, a.pos)):
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last[0].ref == address.ref
+            and address.pos - last[-1].end <= MAX_GAP_BYTES
+            and address.end - last[0].pos <= OBJECT_BYTES * 2
+        ):
+            last.append(address)
+        else:
+            runs.append([address])
+    return runs

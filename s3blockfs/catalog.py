@@ -1,0 +1,357 @@
+"""The databases under a bucket's prefix: names <-> key prefixes, listings, open databases, creation and deletion.
+
+A database with prefix `a/b.sqlite` is the file `a/b.sqlite`; one whose last part has no dot (`tenants/acme`) is shown
+as `tenants/acme.sqlite` and found under both names, unless its head records that it was created under its exact name.
+Exact names win. Prefixes above databases are folders.
+
+Thread rule: any thread; `_lock` is never held during a request to the store.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+
+from cachetools import LRUCache
+
+from s3blockfs.cache import BlockCache
+from s3blockfs.capabilities import ensure_safe
+from s3blockfs.commit import Publisher
+from s3blockfs.config import Config
+from s3blockfs.database import Database
+from s3blockfs.dirty import spill_folder
+from s3blockfs.errors import DatabaseExists, DatabaseNotFound, ReadOnly
+from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
+from s3blockfs.format.head import Head
+from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
+from s3blockfs.format.tail import LogCommit, Tail
+from s3blockfs.head import HeadFile
+from s3blockfs.objectstore import ObjectStore
+from s3blockfs.runtime import Runtime
+from s3blockfs.sidefiles import SideFiles
+from s3blockfs.snapshot import Source, Version
+
+#: Names with these endings are taken for databases in listings without looking.
+DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3", ".s3db", ".sl3")
+SHOWN_SUFFIX = ".sqlite"
+
+#: Closed databases kept with their decoded heads, and heads kept for the time between a look and an open.
+IDLE_KEPT = 64
+HEADS_KEPT = 64
+PROBES_KEPT = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a name stands for. Size in bytes, time in seconds by the store's clock; both 0 where not looked up."""
+
+    prefix: str
+    is_folder: bool
+    size: int = 0
+    modified_s: float = 0.0
+
+
+class Catalog:
+    """The databases under `root`, a key prefix without slashes at its ends ("" is the whole bucket)."""
+
+    def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, root: str) -> None:
+        self._store = store
+        self._runtime = runtime
+        self._config = config
+        self._root = root
+        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s)
+        self._lock = threading.Lock()
+        self._open: dict[str, Database] = {}
+        self._users: dict[Database, int] = {}
+        self._idle: OrderedDict[str, Database] = OrderedDict()
+        self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
+        self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
+        self._safe = config.only_writer
+        self._writer = f"{platform.node()}:{os.getpid()}"
+        self.side_files = SideFiles(spill_folder(config.spill_dir))
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    def lookup(self, path: str) -> Entry | None:
+        """What `path` (relative to the root, no slash at its start) is, or None."""
+        if path == "":
+            return Entry(self._root, is_folder=True)
+        if not all(is_file_name(part) for part in path.split("/")) or path.split("/")[0] == HIDDEN_FOLDER:
+            return None
+        version = self._head(prefix := join(self._root, path))
+        if version is not None:
+            return None if version.head.deleted else _entry(prefix, version)
+        alias = _undotted(path)
+        if alias is not None:
+            version = self._head(prefix := join(self._root, alias))
+            if version is not None and not version.head.deleted and version.head.name is None:
+                return _entry(prefix, version)
+        if not path.endswith(DATABASE_SUFFIXES) and self._is_folder(join(self._root, path)):
+            return Entry(join(self._root, path), is_folder=True)
+        return None
+
+    def listing(self, folder: str) -> list[tuple[str, Entry]]:
+        """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
+        base = join(self._root, folder)
+        start = f"{base}/" if base else ""
+        marks = self._runtime.submit(partial(self._marked_deleted, base))
+        names = [
+            name
+            for listed in self._store.list(start, site="list", delimiter="/")
+            if listed.is_prefix and is_file_name(name := listed.key[len(start) : -1]) and name != HIDDEN_FOLDER
+        ]
+        marked = marks.result()
+        found: dict[str, Entry] = {}
+        unclear: dict[str, Future[Version | None]] = {}
+        for name in names:
+            prefix = start + name
+            if name.endswith(DATABASE_SUFFIXES) and name not in marked:
+                found[name] = Entry(prefix, is_folder=False)
+            elif self._probed.get(prefix) is False and name not in marked:
+                found[name] = Entry(prefix, is_folder=True)
+            else:
+                unclear[name] = self._runtime.submit(partial(self._head, prefix))
+        for name, future in unclear.items():
+            version = future.result()
+            self._probed[start + name] = version is not None
+            if version is None:
+                found[name] = Entry(start + name, is_folder=True)
+            elif not version.head.deleted:
+                dotted = "." in name or version.head.name is not None
+                found.setdefault(name if dotted else name + SHOWN_SUFFIX, _entry(start + name, version))
+        return sorted(found.items())
+
+    def _head(self, prefix: str) -> Version | None:
+        """The head, at most as old as the refresh interval; None when there is none."""
+        now = self._runtime.monotonic()
+        with self._lock:
+            held = self._open.get(prefix)
+            known = self._heads.get(prefix)
+        if held is not None and not held.is_gone:
+            return held.version
+        if known is not None and now - known[1] < self._config.refresh_s:
+            return known[0]
+        heads = HeadFile(self._store, self._runtime, self._config, prefix)
+        if known is not None and known[0] is not None:
+            version: Version | None = heads.read_if_changed(known[0])
+        else:
+            version = heads.read()
+        self._remember(prefix, version, now)
+        return version
+
+    def _remember(self, prefix: str, version: Version | None, now: float) -> None:
+        with self._lock:
+            self._heads[prefix] = (version, now)
+
+    def _marked_deleted(self, base: str) -> set[str]:
+        start = deleted_mark_key(base, "")
+        return {listed.key[len(start) + 1 :] for listed in self._store.list(start + "/", site="list-deleted")}
+
+    def _is_folder(self, prefix: str) -> bool:
+        return any(True for _ in self._store.list(prefix + "/", site="folder", max_keys=1))
+
+    # --- opening ---------------------------------------------------------------------------------------
+
+    def open(self, path: str) -> Database:
+        """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
+        entry = self.lookup(path)
+        if entry is None or entry.is_folder:
+            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        database = self._take(entry.prefix)
+        if database is None:
+            version = self._head(entry.prefix)
+            if version is None or version.head.deleted:
+                raise DatabaseNotFound(f"{self._label(path)}: no such database")
+            database = self._add(entry.prefix, version)
+        try:
+            if not database.is_dirty:
+                database.refresh(self._config.refresh_s)
+        except BaseException:
+            self.release(database)
+            raise
+        return database
+
+    def create(self, path: str, exclusive: bool) -> Database:
+        """Make an empty database, or open the one that is there. Raises DatabaseExists if `exclusive`."""
+        prefix = join(self._root, path)
+        check_prefix(prefix)
+        self.require_writable()
+        version = HeadFile(self._store, self._runtime, self._config, prefix).read()
+        if version is None or version.head.deleted:
+            version = self._create(prefix, version, path.rpartition("/")[2], exclusive)
+        elif exclusive:
+            raise DatabaseExists(f"{self._label(path)}: exists")
+        self._remember(prefix, version, self._runtime.monotonic())
+        return self._take(prefix) or self._add(prefix, version)
+
+    def release(self, database: Database) -> None:
+        """One user less. Nothing is published here: the face did that when the handle was flushed."""
+        dropped: list[Database] = []
+        with self._lock:
+            self._users[database] -= 1
+            if self._users[database]:
+                return
+            del self._users[database]
+            current = self._open.get(database.prefix) is database  # not if it was deleted and made anew meanwhile
+            if current:
+                del self._open[database.prefix]
+            if database.is_dirty or database.is_gone or not current:
+                dropped.append(database)
+            else:
+                self._idle[database.prefix] = database
+                while len(self._idle) > IDLE_KEPT:
+                    dropped.append(self._idle.popitem(last=False)[1])
+        for idle in dropped:
+            idle.close()
+
+    def opened_at(self, path: str) -> Database | None:
+        """The database known here under this name or its alias, open or lately closed; never asks the store."""
+        with self._lock:
+            for name in (path, _undotted(path)):
+                if name is not None:
+                    prefix = join(self._root, name)
+                    if prefix in self._open:
+                        return self._open[prefix]
+                    if prefix in self._idle:
+                        return self._idle[prefix]
+        return None
+
+    def opened(self) -> list[Database]:
+        with self._lock:
+            return list(self._users)
+
+    def remove(self, path: str) -> None:
+        """Replace the head by a tombstone. Raises DatabaseNotFound."""
+        entry = self.lookup(path)
+        if entry is None or entry.is_folder:
+            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        self.require_writable()
+        heads = HeadFile(self._store, self._runtime, self._config, entry.prefix)
+        version = heads.read()
+        if version is None or version.head.deleted:
+            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        database_id = version.head.id
+
+        def tombstone(replaced: Head) -> Head:
+            if replaced.deleted or replaced.id != database_id:
+                raise DatabaseNotFound(f"{self._label(path)}: was deleted or replaced by somebody else")
+            return Head(
+                id=replaced.id,
+                rev=replaced.rev,
+                seq=replaced.seq,
+                commit=replaced.commit,
+                size=0,
+                block_size=replaced.block_size,
+                nonce=replaced.nonce,
+                writer=self._writer,
+                time_ms=int(self._store.server_time_s() * 1000),
+                floor=replaced.rev,
+                deleted=True,
+                counter=replaced.counter,
+                snapshots=replaced.snapshots,
+            )
+
+        folder, _, name = entry.prefix.rpartition("/")
+        self._store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
+        self._remember(entry.prefix, heads.swap(version, tombstone, archives=True), self._runtime.monotonic())
+        with self._lock:
+            held = self._open.get(entry.prefix)
+            idle = self._idle.pop(entry.prefix, None)
+        if held is not None:
+            held.delete()
+        if idle is not None:
+            idle.close()
+
+    def require_writable(self) -> None:
+        """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""
+        if self._config.read_only:
+            raise ReadOnly(f"{self._label('')}: mounted read-only")
+        if not self._safe:
+            ensure_safe(self._store, self._root, self._runtime)
+            self._safe = True
+
+    def close(self) -> None:
+        """Forget everything; nobody uses the catalog any more."""
+        with self._lock:
+            databases = [*self._idle.values(), *self._users]
+            self._idle.clear()
+            self._open.clear()
+            self._users.clear()
+        for database in databases:
+            database.close()
+        self.side_files.close()
+
+    def _take(self, prefix: str) -> Database | None:
+        """One more user of a database that is known here already."""
+        with self._lock:
+            database = self._open.get(prefix) or self._idle.pop(prefix, None)
+            return None if database is None or database.is_gone else self._use(database)
+
+    def _add(self, prefix: str, version: Version) -> Database:
+        source = Source(self._store, self._cache, self._runtime, prefix)
+        heads = HeadFile(self._store, self._runtime, self._config, prefix)
+        publisher = Publisher(source, heads, self._config, self._writer)
+        side_path = prefix[len(self._root) :].lstrip("/")
+        database = Database(source, heads, publisher, self._config, version, self.side_files, side_path)
+        with self._lock:
+            held = self._open.get(prefix)
+            if held is not None and not held.is_gone:  # another thread was faster: there is only one per prefix
+                database.close()
+                return self._use(held)
+            return self._use(database)
+
+    def _use(self, database: Database) -> Database:
+        """With `_lock` held: count one more user."""
+        self._open[database.prefix] = database
+        self._users[database] = self._users.get(database, 0) + 1
+        return database
+
+    def _create(self, prefix: str, tombstone: Version | None, name: str, exclusive: bool) -> Version:
+        heads = HeadFile(self._store, self._runtime, self._config, prefix)
+        database_id, commit_id = self._runtime.token(16), self._runtime.token(COMMIT_ID_BYTES)
+
+        def make(replaced: Head | None) -> Head:
+            time_ms = int(self._store.server_time_s() * 1000)
+            seq = 1 if replaced is None else replaced.seq + 1
+            head = Head(
+                id=database_id,
+                rev=0,
+                seq=seq,
+                commit=commit_id,
+                size=0,
+                block_size=self._config.block_size,
+                nonce=bytes(NONCE_BYTES),
+                writer=self._writer,
+                time_ms=time_ms,
+                name=name,
+                tail=Tail().append(LogCommit(Commit(seq, commit_id, time_ms, 0, 0), ())),
+            )
+            if replaced is None:
+                return head
+            return replace(head, floor=replaced.floor, counter=replaced.counter, snapshots=replaced.snapshots)
+
+        try:
+            return heads.create(tombstone, make)
+        except DatabaseExists:
+            version = heads.read()
+            if exclusive or version is None or version.head.deleted:
+                raise
+            return version
+
+    def _label(self, path: str) -> str:
+        return f"{self._store.name}/{join(self._root, path)}"
+
+
+def _entry(prefix: str, version: Version) -> Entry:
+    return Entry(prefix, False, version.head.size, version.head.time_ms / 1000)
+
+
+def _undotted(path: str) -> str | None:
+    """The other name under which `x.sqlite` may be stored: `x`, if that has no dot."""
+    stem = path.removesuffix(SHOWN_SUFFIX)
+    return stem if stem != path and "." not in stem.rpartition("/")[2] and stem.rpartition("/")[2] else None

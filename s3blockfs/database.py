@@ -1,0 +1,512 @@
+"""The engine: one database as this process sees it. Everything the faces share is defined here and only here.
+
+It holds the committed snapshot, the uncommitted bytes over it, the byte-range locks of its local users, and decides
+when a transaction is published (docs/SEMANTICS.md). The faces translate system calls or VFS methods into these methods
+and errors back into errnos; they decide nothing.
+
+Publishing needs: something dirty, no hot journal, no write lock held by anybody but the caller, and a call that asks
+for durability (journal finalised, fsync without a journal, close). After a commit that failed, the writer that holds
+the lock is in *discard mode*: whatever it writes (SQLite's play-back) is dropped until it finalises its journal or
+releases its lock, because the committed state is already right and may even have moved on.
+
+Threads: `_gate` serialises lock calls, `_writing` everything that changes state, `_mutex` protects single moments and
+is never held during a request to the store. Order: _gate > _writing > _mutex.
+
+Invariants: while `_doubt` is set nothing is read, written or published. `_uploads` is set exactly while `_dirty` is
+dirty. `on_moved` is called with none of `_mutex` held, after the snapshot was switched, never from read or write.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Hashable
+
+from s3blockfs import header
+from s3blockfs.commit import Publisher
+from s3blockfs.config import Config
+from s3blockfs.dirty import Dirty, spill_folder
+from s3blockfs.errors import (
+    Busy,
+    DatabaseGone,
+    NotSupported,
+    OutcomeUnknown,
+    ReadOnly,
+    S3BlockFSError,
+    StoreError,
+    StoreUnavailable,
+)
+from s3blockfs.head import Doubt, HeadFile, Unsettled
+from s3blockfs.journal import is_hot, restores_committed, super_journal
+from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level, RangeLocks
+from s3blockfs.prefetch import Readahead
+from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
+from s3blockfs.snapshot import Snapshot, Source, Version
+from s3blockfs.telemetry import ENGINE_LOGGER
+from s3blockfs.uploads import Uploads
+
+log = logging.getLogger(ENGINE_LOGGER)
+
+#: A database in doubt asks the store again at most this often.
+SETTLE_EVERY_S = 2.0
+
+#: After a refresh that failed, cached data is served this long before the store is asked again.
+REFRESH_PAUSE_S = 5.0
+
+
+class Database:
+    """One database of a mount or process. Made by `catalog.py`."""
+
+    def __init__(
+        self,
+        source: Source,
+        heads: HeadFile,
+        publisher: Publisher,
+        config: Config,
+        version: Version,
+        side_files: SideFiles,
+        path: str,
+    ) -> None:
+        """`path` is where its side files lie; `version` a head that is no tombstone."""
+        self._source = source
+        self._heads = heads
+        self._publisher = publisher
+        self._config = config
+        self._side_files = side_files
+        self._gate = threading.RLock()
+        self._writing = threading.RLock()
+        self._mutex = threading.Lock()
+        self._unloaded: Version | None = None
+        self._snapshot = Snapshot.load(source, version)
+        self._dirty = self._new_dirty()
+        self._uploads: Uploads | None = None
+        self._checked = source.runtime.monotonic()
+        self._doubt: Doubt | None = None
+        self._settling = False
+        self._settle_after = 0.0
+        self._discarding: Hashable | None = None
+        self._gone: str | None = None
+        self._journal_images_committed = True
+        self.locks = RangeLocks()
+        self.path = path
+        self.on_moved: Callable[[], None] = lambda: None
+        """Called when cached copies of any byte may be stale."""
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> str:
+        return self._source.prefix
+
+    @property
+    def size(self) -> int:
+        with self._mutex:
+            return self._dirty.size
+
+    @property
+    def modified_s(self) -> float:
+        """The time of the last commit by the store's clock."""
+        return self._snapshot.head.time_ms / 1000
+
+    @property
+    def commit(self) -> bytes:
+        """The id of the commit that reads show, uncommitted bytes apart."""
+        return self._snapshot.head.commit
+
+    @property
+    def is_dirty(self) -> bool:
+        with self._mutex:
+            return self._dirty.is_dirty
+
+    @property
+    def is_gone(self) -> bool:
+        return self._gone is not None
+
+    @property
+    def version(self) -> Version:
+        return self._snapshot.version
+
+    def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
+        """Uncommitted bytes over committed ones; fewer at the end of the file, none past it."""
+        self._require_settled()
+        with self._mutex:
+            snapshot, dirty = self._snapshot, self._dirty
+            end = min(offset + length, dirty.size)
+            if offset >= end:
+                return b""
+            base_end = min(end, dirty.cut)
+            own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
+        if len(own) == 1 and len(own[0][1]) == end - offset:
+            return header.in_rollback_mode(offset, own[0][1])
+        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
+        if readahead is not None:
+            ahead = readahead.next_range(offset, length, snapshot.head.size)
+            if ahead is not None:
+                snapshot.prefetch(*ahead)
+        if own or len(data) < end - offset:
+            merged = bytearray(data.ljust(end - offset, b"\0"))
+            for low, part in own:
+                merged[low - offset : low - offset + len(part)] = part
+            data = bytes(merged)
+        return header.in_rollback_mode(offset, data)
+
+    # --- changing --------------------------------------------------------------------------------------
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Remember `data` as uncommitted. Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
+        with self._writing:
+            self._require_writable()
+            if self._discarding is not None:
+                return
+            self._refuse_wal(offset, data)
+            block_size = self._snapshot.head.block_size
+            first, end = offset // block_size, -(-(offset + len(data)) // block_size)
+            with self._mutex:
+                uploads = self._begin()
+                self._dirty.write(offset, data)
+            uploads.forget(first, end)
+            uploads.stream(self._dirty, first, end)
+
+    def truncate(self, size: int) -> None:
+        """Cut or extend. Raises as `write` does."""
+        with self._writing:
+            self._require_writable()
+            if self._discarding is not None or size == self.size:
+                return
+            with self._mutex:
+                uploads = self._begin()
+                self._dirty.truncate(size)
+                # The block that the cut divides was perhaps uploaded with bytes that are no longer there.
+                uploads.forget(size // self._snapshot.head.block_size, 1 << 62)
+                if not self._dirty.is_dirty:
+                    self._uploads = None
+
+    def journal_begins(self) -> None:
+        """A journal's first header is being written: are its images going to be those of the committed state?"""
+        self._journal_images_committed = not self.is_dirty
+
+    def finalise_journal(self, pid: int) -> None:
+        """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point.
+
+        Returns when the transaction is durable, or rolled back. Raises when it is not: then the finalisation must fail.
+        """
+        with self._writing:
+            self._require_settled()
+            if self._discarding is not None:
+                self._end_discard(remove_journal=False)
+                return
+            self._require_no_other_writer(pid)
+            if not self.is_dirty:
+                return
+            journal = self._journal()
+            if journal is not None and self._was_rolled_back(journal):
+                self._drop_dirty()
+                self.on_moved()  # the change counter in the kernel's copy may be another one
+                return
+            self._shrink_to_header(pid)
+            self._publish()
+
+    def finalise_super_journal(self, name: str, pid: int) -> None:
+        """The super-journal `name` is about to be unlinked: the commit point of every database whose journal names it.
+
+        SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
+        because another database failed, the play-back is published as a compensating commit.
+        """
+        with self._writing:
+            journal = self._journal()
+            if journal is not None and super_journal(journal.read, journal.size) == name:
+                self.finalise_journal(pid)
+                self._journal_images_committed = False
+
+    def sync(self, pid: int, foreign: Callable[[str], bool] = lambda name: False) -> None:
+        """fsync of the database file by process `pid`: the commit point when there is no journal.
+
+        Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see.
+        """
+        journal = self._journal()
+        if journal is not None and is_hot(journal.read(0, 1)) and self._discarding is None:
+            name = super_journal(journal.read, journal.size)
+            if name is not None and foreign(name):
+                with self._writing:
+                    self.finalise_journal(pid)
+                    self._journal_images_committed = False
+            return
+        self._publish_if_allowed(pid)
+
+    def close_handle(self, pid: int) -> None:
+        """A handle that wrote is closing: what no transaction protects (`cp`, journal_mode=OFF) is published."""
+        self._publish_if_allowed(pid)
+
+    def _publish_if_allowed(self, pid: int) -> None:
+        with self._writing:
+            self._require_settled()
+            if self._discarding is not None:
+                raise StoreUnavailable(f"{self._label}: an earlier commit of this transaction failed; roll back")
+            if not self.is_dirty or self._journal_is_hot():
+                return
+            if any(writer != pid for _, writer in self.locks.writers()):
+                return
+            self._publish()
+
+    def _publish(self) -> None:
+        assert self._uploads is not None
+        try:
+            published = self._publisher.publish(self._snapshot, self._dirty, self._uploads)
+        except Unsettled as error:
+            self._doubt = error.doubt
+            self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
+            log.error("%s", error)
+            raise
+        except (S3BlockFSError, OSError) as error:
+            log.warning("%s: commit failed: %s", self._label, error)
+            self._fail()
+            raise
+        self._checked = self._source.runtime.monotonic()
+        self._adopt(published.version, published.snapshot)
+        if published.counter_set or published.snapshot is None:
+            self.on_moved()
+
+    def _begin(self) -> Uploads:
+        if self._uploads is None:
+            self._uploads = self._publisher.uploads(self._snapshot)
+        return self._uploads
+
+    def _was_rolled_back(self, journal: SideFile) -> bool:
+        """Whether SQLite just put back what is committed. Judged from the journal's page images, not by GETs."""
+        dirty = self._dirty
+        if not self._journal_images_committed or dirty.size != self._snapshot.head.size or dirty.cut < dirty.size:
+            return False
+        ranges = list(dirty.ranges(0, dirty.size))
+        return restores_committed(journal.read, journal.size, ranges, lambda low, length: dirty.read(low, low + length))
+
+    def _shrink_to_header(self, pid: int) -> None:
+        """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""
+        if not any(
+            writer == pid and self.locks.level(owner) is Level.EXCLUSIVE for owner, writer in self.locks.writers()
+        ):
+            return
+        size = header.file_size(self.read(0, header.HEADER_BYTES))
+        if size is not None and size < self.size:
+            self.truncate(size)
+
+    def _refuse_wal(self, offset: int, data: bytes) -> None:
+        """`PRAGMA journal_mode=WAL` writes 2 into the header inside a transaction: that write fails."""
+        if header.sets_wal(offset, data) and self.locks.writers():
+            raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
+
+    # --- locks -----------------------------------------------------------------------------------------
+
+    def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
+        """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
+        with self._gate:
+            self._before_grant(owner, kind, start, end)
+            before = self.locks.level(owner)
+            if self.locks.try_lock(owner, kind, start, end, pid) is not None:
+                raise Busy(f"{self._label}: locked")
+            self._after_change(owner, before)
+
+    def wait_lock(
+        self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
+    ) -> None:
+        """F_SETLKW. Raises InterruptedError, OSError (EDEADLK), and whatever a refresh raises."""
+        self.locks.wait_lock(owner, kind, start, end, pid, interrupted)
+        try:
+            self.lock(owner, kind, start, end, pid)
+        except BaseException:
+            self.unlock(owner, start, end)
+            raise
+
+    def unlock(self, owner: Hashable, start: int, end: int) -> None:
+        with self._gate:
+            before = self.locks.level(owner)
+            self.locks.unlock(owner, start, end)
+            self._after_change(owner, before)
+
+    def owner_closes(self, owner: Hashable) -> bool:
+        """A handle of `owner` closes. True if that ends a write transaction in its middle: its process died, or closed
+        a second descriptor, which drops POSIX locks. The transaction is discarded."""
+        with self._gate, self._writing:
+            if self.locks.level(owner) < Level.RESERVED:
+                return False
+            if self._doubt is None and self._discarding is None:
+                self._drop_dirty()
+                self._discarding = owner
+            return True
+
+    def _before_grant(self, owner: Hashable, kind: Kind, start: int, end: int) -> None:
+        level = self.locks.level(owner)
+        if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_FIRST + SHARED_SIZE - 1):
+            if level is Level.NONE:
+                self._require_settled()
+                if not any(self.locks.level(other) >= Level.SHARED for other in self.locks):
+                    self.refresh(self._config.refresh_s)
+        elif kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE) and level is Level.SHARED:
+            self._require_writable()
+            if self.locks.test(owner, kind, start, end) is None:
+                self._require_newest()
+
+    def _after_change(self, owner: Hashable, before: Level) -> None:
+        if before >= Level.RESERVED and self.locks.level(owner) < Level.RESERVED and self._discarding == owner:
+            with self._writing:
+                self._end_discard(remove_journal=True)
+
+    def refresh(self, max_age_s: float) -> None:
+        """Look for a newer head if the last look is older than this, and move to it. Not while anything is dirty."""
+        with self._writing:
+            self._require_settled()
+            if self._is_fresh(max_age_s) or self._discarding is not None or self.is_dirty:
+                return
+            now = self._source.runtime.monotonic()
+            try:
+                version = self._heads.read_if_changed(self._snapshot.version)
+            except StoreUnavailable as error:
+                if self._config.refresh_s == 0:
+                    raise
+                log.warning("%s: showing the last known state: %s", self._label, error)
+                self._checked = now - self._config.refresh_s + REFRESH_PAUSE_S
+                return
+            self._checked = now
+            if version is not self._snapshot.version:
+                self._move(version)
+
+    def _require_newest(self) -> None:
+        """A write transaction must start on the newest state; the snapshot cannot move under the caller's SHARED."""
+        with self._writing:
+            if self.is_dirty:
+                return  # bytes of journal_mode=OFF that were never synced: the commit will tell
+            version = self._heads.read_if_changed(self._snapshot.version)
+            if version.head.commit != self._snapshot.head.commit or version.head.id != self._snapshot.head.id:
+                self._checked = float("-inf")
+                raise Busy(f"{self._label}: changed elsewhere; read again")
+            self._checked = self._source.runtime.monotonic()
+
+    def _is_fresh(self, max_age_s: float) -> bool:
+        age = self._source.runtime.monotonic() - self._checked
+        return age < max_age_s
+
+    # --- states ----------------------------------------------------------------------------------------
+
+    def delete(self) -> None:
+        """It was deleted here: open handles still read, and cannot write."""
+        with self._writing:
+            self._drop_dirty()
+            self._gone = f"{self._label}: was deleted"
+
+    def close(self) -> None:
+        """Forget uncommitted bytes; nobody has it open."""
+        with self._writing:
+            self._dirty.close()
+
+    def _require_settled(self) -> None:
+        if self._doubt is not None:
+            self._settle_soon()
+            raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
+        if self._unloaded is not None:
+            with self._writing:
+                if self._unloaded is not None:
+                    self._adopt(self._unloaded, Snapshot.load(self._source, self._unloaded))
+
+    def _require_writable(self) -> None:
+        self._require_settled()
+        if self._gone is not None:
+            raise DatabaseGone(self._gone)
+        if self._config.read_only:
+            raise ReadOnly(f"{self._label}: mounted read-only")
+
+    def _require_no_other_writer(self, pid: int) -> None:
+        if any(writer != pid for _, writer in self.locks.writers()):
+            raise OSError(errno.EBUSY, f"{self._label}: another process is in mid-transaction")
+
+    def _fail(self) -> None:
+        """A commit definitely did not happen."""
+        self._drop_dirty()
+        writers = self.locks.writers()
+        if writers:
+            self._discarding = writers[0][0]
+        else:
+            self._end_discard(remove_journal=False)
+
+    def _end_discard(self, remove_journal: bool) -> None:
+        """The writer let go: the committed state is what counts, wherever it is now."""
+        self._discarding = None
+        self._drop_dirty()
+        if remove_journal:
+            self._side_files.remove(self.path + JOURNAL_SUFFIX)
+        self._checked = float("-inf")
+        try:
+            self.refresh(0)
+        except (StoreError, DatabaseGone) as error:
+            log.warning("%s: %s", self._label, error)  # the next transaction looks again
+        self.on_moved()
+
+    def _settle_soon(self) -> None:
+        with self._mutex:
+            now = self._source.runtime.monotonic()
+            if self._settling or now < self._settle_after:
+                return
+            self._settling = True
+            self._settle_after = now + SETTLE_EVERY_S
+        self._source.runtime.submit(self._settle)
+
+    def _settle(self) -> None:
+        doubt = self._doubt
+        try:
+            if doubt is None:
+                return
+            version = self._heads.settle(doubt)
+            with self._gate, self._writing:
+                if version is not None:
+                    self._adopt(version, None)
+                self._doubt = None
+                self._fail()
+            log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
+        except DatabaseGone as error:
+            self._gone, self._doubt = str(error), None
+        except S3BlockFSError as error:
+            log.warning("%s", error)
+        finally:
+            self._settling = False
+
+    def _move(self, version: Version) -> None:
+        if version.head.deleted:
+            self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
+            raise DatabaseGone(self._gone)
+        self._adopt(version, Snapshot.load(self._source, version))
+        self.on_moved()
+
+    def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
+        """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
+        self._unloaded = None
+        if snapshot is None:
+            try:
+                snapshot = Snapshot.load(self._source, version)
+            except S3BlockFSError as error:
+                log.warning("%s: %s", self._label, error)
+                self._unloaded = version
+        with self._mutex:
+            if snapshot is not None:
+                self._snapshot = snapshot
+            self._uploads = None
+            self._dirty.close()
+            self._dirty = self._new_dirty()
+
+    def _drop_dirty(self) -> None:
+        with self._mutex:
+            self._uploads = None
+            self._dirty.clear(self._snapshot.head.size)
+
+    def _new_dirty(self) -> Dirty:
+        head = self._snapshot.head
+        return Dirty(spill_folder(self._config.spill_dir), head.block_size, head.size)
+
+    def _journal(self) -> SideFile | None:
+        return self._side_files.get(self.path + JOURNAL_SUFFIX)
+
+    def _journal_is_hot(self) -> bool:
+        journal = self._journal()
+        return journal is not None and is_hot(journal.read(0, 1))
+
+    @property
+    def _label(self) -> str:
+        return self._source.name_of(self._source.prefix)

@@ -1,0 +1,156 @@
+"""The uncommitted bytes of one database: an unlinked sparse file on this machine plus the set of ranges it holds.
+
+Bytes lie in the spill file at their own offsets, so memory stays constant however large a transaction is; small ones
+never leave the kernel's page cache. They live and die with this process: nothing here ever needs recovery.
+
+Thread rule: the caller serialises all calls (database.py holds its mutex).
+
+Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, and end at or below `size`; bytes of the
+spill file outside the ranges are never read.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+Range = tuple[int, int]
+
+
+def spill_folder(configured: str | None) -> str:
+    """A folder on a real disk: /tmp is often memory, and a bulk load can be larger than that."""
+    return configured or os.environ.get("TMPDIR") or "/var/tmp"
+
+
+class Dirty:
+    """Relative to a committed state of `committed_size` bytes, of which those from `cut` on are gone."""
+
+    def __init__(self, folder: str, block_size: int, committed_size: int) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        self._blocks: dict[int, list[Range]] = {}
+        self._block_size = block_size
+        self._committed_size = committed_size
+        self.size = committed_size
+        self.cut = committed_size
+        self.bytes = 0
+        """How many bytes the ranges hold."""
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._blocks) or self.size != self._committed_size or self.cut < self._committed_size
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Raises OSError (ENOSPC) when the spill folder is full; nothing is recorded then."""
+        file = self._open()
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(file, view[done:], offset + done)
+        for block, low, high in self._pieces(offset, offset + len(data)):
+            self._add(block, low, high)
+        self.size = max(self.size, offset + len(data))
+
+    def truncate(self, size: int) -> None:
+        if size < self.size:
+            for block in [b for b in self._blocks if (b + 1) * self._block_size > size]:
+                kept = [(low, min(high, size)) for low, high in self._blocks[block] if low < size]
+                self._replace(block, kept)
+            if self._file is not None:
+                os.ftruncate(self._file.fileno(), size)
+        self.size = size
+        self.cut = min(self.cut, size)
+
+    def ranges(self, start: int, end: int) -> Iterator[Range]:
+        """The dirty ranges inside start..end, in order, neighbours joined across blocks."""
+        pending: Range | None = None
+        for block in self._touched(start, end):
+            for low, high in self._blocks[block]:
+                low, high = max(low, start), min(high, end)
+                if low >= high:
+                    continue
+                if pending is not None and pending[1] == low:
+                    pending = (pending[0], high)
+                else:
+                    if pending is not None:
+                        yield pending
+                    pending = (low, high)
+        if pending is not None:
+            yield pending
+
+    def read(self, start: int, end: int) -> bytes:
+        """Bytes of one dirty range (or of several with what lies between them undefined)."""
+        data = b""
+        while len(data) < end - start:
+            part = os.pread(self._open(), end - start - len(data), start + len(data))
+            if not part:
+                return data + bytes(end - start - len(data))  # behind the last write: a hole
+            data += part
+        return data
+
+    def is_full(self, block: int) -> bool:
+        """Whether every byte of the block that lies inside the file is dirty."""
+        low = block * self._block_size
+        return self._blocks.get(block) == [(low, min(low + self._block_size, self.size))]
+
+    def is_whole(self, block: int) -> bool:
+        """Whether the block is dirty over its full length."""
+        low = block * self._block_size
+        return self._blocks.get(block) == [(low, low + self._block_size)]
+
+    def blocks(self) -> list[int]:
+        return sorted(self._blocks)
+
+    def clear(self, committed_size: int) -> None:
+        """Forget everything: it was published, or it is discarded."""
+        self._blocks.clear()
+        self.bytes = 0
+        self.size = self.cut = self._committed_size = committed_size
+        if self._file is not None:
+            os.ftruncate(self._file.fileno(), 0)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> int:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="s3blockfs-spill-", buffering=0)  # noqa: SIM115
+        return self._file.fileno()
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        while start < end:
+            block = start // self._block_size
+            stop = min(end, (block + 1) * self._block_size)
+            yield block, start, stop
+            start = stop
+
+    def _touched(self, start: int, end: int) -> list[int]:
+        first, last = start // self._block_size, -(-end // self._block_size)
+        if last - first < len(self._blocks):
+            return [block for block in range(first, last) if block in self._blocks]
+        return sorted(block for block in self._blocks if first <= block < last)
+
+    def _add(self, block: int, low: int, high: int) -> None:
+        rows = self._blocks.get(block)
+        if rows is None:
+            self._replace(block, [(low, high)])
+            return
+        merged = []
+        for row in rows:
+            if row[1] < low or row[0] > high:
+                merged.append(row)
+            else:
+                low, high = min(low, row[0]), max(high, row[1])
+        merged.append((low, high))
+        merged.sort()
+        self._replace(block, merged)
+
+    def _replace(self, block: int, rows: list[Range]) -> None:
+        self.bytes -= sum(high - low for low, high in self._blocks.pop(block, ()))
+        if rows:
+            self._blocks[block] = rows
+            self.bytes += sum(high - low for low, high in rows)

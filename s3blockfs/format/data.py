@@ -1,0 +1,215 @@
+"""The one immutable object format, `P/data/...`, in its two roles.
+
+Layout: header (16 bytes), frames, index, footer (48 bytes). A frame is one extent of the database file, and verifies
+itself when only its own bytes were fetched by a ranged GET: its CRC covers the object's uid, the file offset, the
+commit's seq, both lengths and the stored bytes.
+
+* log role ("segment"): the extents of one or more commits, each at most a block long and inside one block, compressed
+  when that helps; the index names them all and carries the commit records.
+* base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from s3blockfs.errors import DamagedObject, NewerFormat
+from s3blockfs.format.keys import ObjectRef
+
+VERSION = 1
+LOG, BASE = 0, 1
+
+_HEADER = struct.Struct(">4sBBH8s")  # magic, version, role, reserved, uid
+_FRAME = struct.Struct(">QQIIB3xI")  # offset, seq, raw length, stored length, codec, CRC-32
+_FOOTER = struct.Struct(">8sQIIIIQ4sI")  # uid, index pos, index length, index CRC, frames, commits, length, magic, CRC
+_COMMIT = struct.Struct(">Q16sQQQ")  # seq, commit id, time in ms, size in bytes, cut in bytes
+_EXTENT = struct.Struct(">QQQII")  # pos, offset, seq, raw length, stored length
+_MAGIC, _END_MAGIC = b"S3BD", b"DB3S"
+_RAW, _ZLIB = 0, 1
+
+HEADER_BYTES = _HEADER.size
+FRAME_BYTES = _FRAME.size
+FOOTER_BYTES = _FOOTER.size
+COMMIT_ID_BYTES = 16
+
+#: Payload of a block object, and the size at which segments are split: large enough that requests cost little, small
+#: enough that four in flight fit in memory.
+OBJECT_BYTES = 4 * 1024 * 1024
+
+#: No legal frame or index is longer; a decoder allocates no more than this for one.
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+
+
+class Commit(NamedTuple):
+    """A commit record: what history, recovery and the question "is this one mine?" need.
+
+    `cut` is the smallest size the file had between the state before and this one: older bytes at or beyond it are gone,
+    also when the file grew again, so they read as zeros unless this or a later commit wrote them.
+    """
+
+    seq: int
+    id: bytes
+    time_ms: int
+    size: int
+    cut: int
+
+
+class FrameAddress(NamedTuple):
+    """Where one frame lies (`pos`, `stored`: bytes in the object) and what it must hold (`offset`, `raw`: bytes in the
+    database file)."""
+
+    ref: ObjectRef
+    pos: int
+    stored: int
+    offset: int
+    raw: int
+
+    @property
+    def end(self) -> int:
+        return self.pos + FRAME_BYTES + self.stored
+
+
+class IndexEntry(NamedTuple):
+    pos: int
+    offset: int
+    seq: int
+    raw: int
+    stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    commits: tuple[Commit, ...]
+    extents: tuple[IndexEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltObject:
+    """An encoded object and where its index lies, which the head repeats so that opening needs one ranged GET."""
+
+    body: bytes
+    index_pos: int
+    index_length: int
+    index_crc: int
+    entries: tuple[IndexEntry, ...]
+
+
+def slots_per_object(block_size: int) -> int:
+    return max(1, OBJECT_BYTES // block_size)
+
+
+def slot_address(ref: ObjectRef, slot: int, block: int, block_size: int) -> FrameAddress:
+    """The frame of one block in the base role."""
+    pos = HEADER_BYTES + slot * (FRAME_BYTES + block_size)
+    return FrameAddress(ref, pos, block_size, block * block_size, block_size)
+
+
+def build(
+    uid: bytes, role: int, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit] = ()
+) -> BuiltObject:
+    """Encode (offset, seq, bytes) frames. In the base role all must have one length, that of a block."""
+    parts = [_HEADER.pack(_MAGIC, VERSION, role, 0, uid)]
+    entries = []
+    pos = HEADER_BYTES
+    for offset, seq, raw in frames:
+        codec, stored = _RAW, raw
+        if role == LOG:
+            packed = zlib.compress(raw, 1)
+            if len(packed) < len(raw) * 9 // 10:
+                codec, stored = _ZLIB, packed
+        head = _FRAME.pack(offset, seq, len(raw), len(stored), codec, 0)[:-4]
+        parts += (head, struct.pack(">I", _frame_crc(uid, head, stored)), stored)
+        entries.append(IndexEntry(pos, offset, seq, len(raw), len(stored)))
+        pos += FRAME_BYTES + len(stored)
+    index = zlib.compress(
+        struct.pack(">II", len(commits), len(entries))
+        + b"".join(_COMMIT.pack(*commit) for commit in commits)
+        + b"".join(_EXTENT.pack(*entry) for entry in entries),
+        6,
+    )
+    index_crc = zlib.crc32(index, zlib.crc32(uid))
+    length = pos + len(index) + FOOTER_BYTES
+    footer = _FOOTER.pack(uid, pos, len(index), index_crc, len(entries), len(commits), length, _END_MAGIC, 0)[:-4]
+    parts += (index, footer, struct.pack(">I", zlib.crc32(footer)))
+    return BuiltObject(b"".join(parts), pos, len(index), index_crc, tuple(entries))
+
+
+def decode_frame(buffer: bytes | memoryview, address: FrameAddress, name: str) -> bytes:
+    """The extent's bytes. `buffer` is exactly the frame. Raises DamagedObject naming the object and the file offset."""
+    where = f"{name}: damaged at byte {address.pos} (database bytes {address.offset}..{address.offset + address.raw})"
+    if len(buffer) != FRAME_BYTES + address.stored:
+        raise DamagedObject(f"{where}: {len(buffer)} bytes instead of {FRAME_BYTES + address.stored}; object truncated")
+    offset, _seq, raw, stored, codec, crc = _FRAME.unpack_from(buffer)
+    payload = bytes(buffer[FRAME_BYTES:])
+    if crc != _frame_crc(address.ref.uid, buffer[: FRAME_BYTES - 4], payload):
+        raise DamagedObject(f"{where}: checksum mismatch")
+    if (offset, raw, stored) != (address.offset, address.raw, address.stored):
+        raise DamagedObject(f"{where}: holds other bytes than its place says")
+    if codec == _RAW:
+        data = payload
+    elif codec == _ZLIB:
+        data = inflate(payload, raw, where)
+    else:
+        raise NewerFormat(f"{name}: unknown compression {codec}; upgrade s3blockfs")
+    if len(data) != raw:
+        raise DamagedObject(f"{where}: {len(data)} bytes unpacked instead of {raw}")
+    return data
+
+
+def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:
+    """The index of a data object. Raises DamagedObject."""
+    if zlib.crc32(buffer, zlib.crc32(uid)) != crc:
+        raise DamagedObject(f"{name}: checksum mismatch in the index")
+    data = inflate(buffer, MAX_FRAME_BYTES, name)
+    if len(data) < 8:
+        raise DamagedObject(f"{name}: index too short")
+    n_commits, n_extents = struct.unpack_from(">II", data)
+    if len(data) != 8 + n_commits * _COMMIT.size + n_extents * _EXTENT.size:
+        raise DamagedObject(f"{name}: index length does not fit its counts")
+    middle = 8 + n_commits * _COMMIT.size
+    extents = tuple(IndexEntry(*row) for row in _EXTENT.iter_unpack(data[middle:]))
+    if any(entry.raw > MAX_FRAME_BYTES or entry.stored > MAX_FRAME_BYTES for entry in extents):
+        raise DamagedObject(f"{name}: an extent of more than {MAX_FRAME_BYTES} bytes")
+    return Index(tuple(Commit(*row) for row in _COMMIT.iter_unpack(data[8:middle])), extents)
+
+
+def decode_object(body: bytes, ref: ObjectRef, name: str) -> tuple[int, Index]:
+    """(role, index) of a whole object, every frame verified: for `check` and for recovery without a head."""
+    if len(body) < HEADER_BYTES + FOOTER_BYTES:
+        raise DamagedObject(f"{name}: {len(body)} bytes are too short for a data object")
+    magic, version, role, _, uid = _HEADER.unpack_from(body)
+    if magic != _MAGIC or uid != ref.uid:
+        raise DamagedObject(f"{name}: not the data object its name says")
+    if version != VERSION:
+        raise NewerFormat(f"{name}: data object version {version}; upgrade s3blockfs")
+    footer = body[-FOOTER_BYTES:]
+    uid, index_pos, index_length, index_crc, frames, commits, length, magic, crc = _FOOTER.unpack(footer)
+    if magic != _END_MAGIC or crc != zlib.crc32(footer[:-4]) or uid != ref.uid or length != len(body):
+        raise DamagedObject(f"{name}: damaged footer")
+    index = decode_index(body[index_pos : index_pos + index_length], ref.uid, index_crc, name)
+    if len(index.extents) != frames or len(index.commits) != commits:
+        raise DamagedObject(f"{name}: footer and index disagree")
+    for entry in index.extents:
+        address = FrameAddress(ref, entry.pos, entry.stored, entry.offset, entry.raw)
+        decode_frame(body[entry.pos : address.end], address, name)
+    return role, index
+
+
+def inflate(packed: bytes, limit: int, where: str, zdict: bytes = b"") -> bytes:
+    """zlib-decompress at most `limit` bytes: a few hostile bytes must not become gigabytes."""
+    unpacker = zlib.decompressobj(zdict=zdict) if zdict else zlib.decompressobj()
+    try:
+        data = unpacker.decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise DamagedObject(f"{where}: {error}") from error
+    if len(data) > limit or not unpacker.eof or unpacker.unused_data:
+        raise DamagedObject(f"{where}: compressed data of another length than declared")
+    return data
+
+
+def _frame_crc(uid: bytes, head: bytes | memoryview, stored: bytes) -> int:
+    return zlib.crc32(stored, zlib.crc32(head, zlib.crc32(uid)))

@@ -1,0 +1,87 @@
+"""The object keys under a database's prefix `P`, and references to them.
+
+Names are never reused: `rev` is that of the head on which the upload was based, the nonce is random.
+Segments are fixed-width `[0-9a-z-]`, because some stores list per directory and in another order.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from s3blockfs.errors import DamagedObject, UsageError
+
+#: S3's limit on a key, in bytes of UTF-8 (Amazon S3 User Guide, "Naming Amazon S3 objects").
+MAX_KEY_BYTES = 1024
+
+#: The longest thing that follows a prefix: `/archive/` + 16 + `-` + 16.
+LONGEST_SUFFIX_BYTES = 48
+
+NONCE_BYTES = 8
+
+#: Hidden folder under a mounted prefix: the probe's result and the marks of deleted databases.
+HIDDEN_FOLDER = ".s3blockfs"
+
+_REF = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{16})")
+
+
+class ObjectRef(NamedTuple):
+    """Names one immutable data object. `uid` seeds its checksums: it is its first nonce, and survives a server-side
+    copy under a new name, so an object swapped with another one never verifies."""
+
+    rev: int
+    nonce: bytes
+    uid: bytes
+
+    def key(self, prefix: str) -> str:
+        return f"{prefix}/data/{self.rev:016x}-{self.nonce.hex()}"
+
+    def encode(self) -> str:
+        return f"{self.rev:016x}-{self.nonce.hex()}-{self.uid.hex()}"
+
+    @classmethod
+    def decode(cls, text: object, name: str) -> ObjectRef:
+        match = _REF.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise DamagedObject(f"{name}: not an object reference")
+        return cls(int(match[1], 16), bytes.fromhex(match[2]), bytes.fromhex(match[3]))
+
+
+def head_key(prefix: str) -> str:
+    return f"{prefix}/head"
+
+
+def map_key(prefix: str, leaf: int, rev: int, nonce: bytes) -> str:
+    return f"{prefix}/map/{leaf:06d}-{rev:016x}-{nonce.hex()}"
+
+
+def archive_key(prefix: str, rev: int, nonce: bytes) -> str:
+    return f"{prefix}/archive/{rev:016x}-{nonce.hex()}"
+
+
+def deleted_mark_key(folder: str, name: str) -> str:
+    """The mark that says "look at this head before listing it": written before a tombstone, never removed."""
+    return join(folder, HIDDEN_FOLDER, "deleted", name)
+
+
+def join(*parts: str) -> str:
+    """Join key segments; empty ones (the root) vanish."""
+    return "/".join(part for part in parts if part)
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise UsageError unless every key of a database with this prefix is a legal, harmless key."""
+    if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
+        raise UsageError(f"{prefix[:40]}...: name too long; S3 keys end at {MAX_KEY_BYTES} bytes")
+    for part in prefix.split("/"):
+        if not is_file_name(part):
+            raise UsageError(f"{prefix!r}: not usable as a database name")
+
+
+def is_file_name(part: str) -> bool:
+    """Whether a key segment can be shown as a file name: hostile buckets hold `..`, NUL and empty segments."""
+    try:
+        size = len(part.encode("utf-8", "strict"))
+    except UnicodeEncodeError:
+        return False
+    return 0 < size <= 255 and part not in (".", "..") and "\0" not in part and "/" not in part

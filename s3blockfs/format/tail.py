@@ -1,0 +1,131 @@
+"""The tail: recent commits carried inside the head, so that a small commit is one PUT.
+
+A commit's bytes are cut into chunks of at most 4 KiB at 4 KiB boundaries; each is compressed with the chunk's previous
+version in this tail as zlib dictionary (a one-row commit changes 8-14 KiB of pages but about 1 KiB of information).
+Appending therefore costs the new commit only; a tail is always decoded whole, from its start.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from s3blockfs.errors import DamagedObject
+from s3blockfs.format.data import Commit, inflate
+
+CHUNK_BYTES = 4096
+
+#: Bounds on a tail that a decoder accepts; writers roll it into a segment long before.
+MAX_RAW_BYTES = 64 * 1024 * 1024
+MAX_COMMITS = 16384
+
+_RECORD = struct.Struct(">Q16sQQQI")  # seq, commit id, time in ms, size in bytes, cut in bytes, chunks
+_CHUNK = struct.Struct(">QHHB")  # offset, raw length, stored length, codec
+_RAW, _ZLIB, _DELTA = 0, 1, 2
+
+
+class LogCommit(NamedTuple):
+    """A commit with its bytes: (file offset, data) chunks, disjoint, each inside one CHUNK_BYTES-aligned piece."""
+
+    record: Commit
+    chunks: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Immutable; `append` and `after` return new ones."""
+
+    commits: tuple[LogCommit, ...] = ()
+    encoded: bytes = b""
+    raw_bytes: int = 0
+    _latest: Mapping[tuple[int, int], bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    def append(self, commit: LogCommit) -> Tail:
+        latest = dict(self._latest)
+        encoded = self.encoded + _encode(commit, latest)
+        raw = self.raw_bytes + sum(len(data) for _, data in commit.chunks)
+        return Tail((*self.commits, commit), encoded, raw, latest)
+
+    def after(self, seq: int) -> Tail:
+        """Without the commits up to and including `seq`, which a segment holds now."""
+        return Tail.of(commit for commit in self.commits if commit.record.seq > seq)
+
+    @classmethod
+    def of(cls, commits: Iterable[LogCommit]) -> Tail:
+        kept = tuple(commits)
+        latest: dict[tuple[int, int], bytes] = {}
+        encoded = b"".join(_encode(commit, latest) for commit in kept)
+        return cls(kept, encoded, sum(len(data) for c in kept for _, data in c.chunks), latest)
+
+    @classmethod
+    def decode(cls, encoded: bytes, name: str) -> Tail:
+        """Raises DamagedObject; unpacks at most MAX_RAW_BYTES in MAX_COMMITS commits."""
+        latest: dict[tuple[int, int], bytes] = {}
+        commits: list[LogCommit] = []
+        pos = raw_bytes = 0
+        try:
+            while pos < len(encoded):
+                seq, commit_id, time_ms, size, cut, n_chunks = _RECORD.unpack_from(encoded, pos)
+                pos += _RECORD.size
+                chunks = []
+                for _ in range(n_chunks):
+                    offset, raw, stored, codec = _CHUNK.unpack_from(encoded, pos)
+                    pos += _CHUNK.size
+                    data = _decode_chunk(encoded[pos : pos + stored], raw, codec, latest.get((offset, raw)), name)
+                    pos += stored
+                    raw_bytes += raw
+                    latest[offset, raw] = data
+                    chunks.append((offset, data))
+                    if raw_bytes > MAX_RAW_BYTES:
+                        raise DamagedObject(f"{name}: the tail unpacks to more than {MAX_RAW_BYTES} bytes")
+                commits.append(LogCommit(Commit(seq, commit_id, time_ms, size, cut), tuple(chunks)))
+                if len(commits) > MAX_COMMITS:
+                    raise DamagedObject(f"{name}: more than {MAX_COMMITS} commits in the tail")
+        except struct.error as error:
+            raise DamagedObject(f"{name}: the tail ends in mid-record") from error
+        return cls(tuple(commits), encoded, raw_bytes, latest)
+
+
+def split_chunks(offset: int, data: bytes, block_size: int) -> Iterable[tuple[int, bytes]]:
+    """Cut at CHUNK_BYTES boundaries of the file and at block boundaries."""
+    pos = 0
+    while pos < len(data):
+        here = offset + pos
+        step = min(CHUNK_BYTES - here % CHUNK_BYTES, block_size - here % block_size, len(data) - pos)
+        yield here, data[pos : pos + step]
+        pos += step
+
+
+def _encode(commit: LogCommit, latest: dict[tuple[int, int], bytes]) -> bytes:
+    parts = [_RECORD.pack(*commit.record, len(commit.chunks))]
+    for offset, data in commit.chunks:
+        previous = latest.get((offset, len(data)))
+        if previous is None:
+            codec, stored = _ZLIB, zlib.compress(data, 6)
+        else:
+            packer = zlib.compressobj(6, zdict=previous)
+            codec, stored = _DELTA, packer.compress(data) + packer.flush()
+        if len(stored) >= len(data):
+            codec, stored = _RAW, data
+        parts += (_CHUNK.pack(offset, len(data), len(stored), codec), stored)
+        latest[offset, len(data)] = data
+    return b"".join(parts)
+
+
+def _decode_chunk(stored: bytes, raw: int, codec: int, previous: bytes | None, name: str) -> bytes:
+    if raw > CHUNK_BYTES:
+        raise DamagedObject(f"{name}: a chunk of {raw} bytes in the tail")
+    if codec == _RAW:
+        data = stored
+    elif codec == _ZLIB:
+        data = inflate(stored, raw, name)
+    elif codec == _DELTA and previous is not None:
+        data = inflate(stored, raw, name, zdict=previous)
+    else:
+        raise DamagedObject(f"{name}: unknown chunk codec {codec} in the tail")
+    if len(data) != raw:
+        raise DamagedObject(f"{name}: a chunk of another length than declared in the tail")
+    return data

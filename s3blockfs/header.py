@@ -1,0 +1,64 @@
+"""What the engine must know of SQLite's 100-byte database header. Pure. https://sqlite.org/fileformat2.html#database_header"""
+
+from __future__ import annotations
+
+MAGIC = b"SQLite format 3\0"
+HEADER_BYTES = 100
+
+#: File format write and read version: 1 for rollback journals, 2 for WAL.
+VERSIONS_AT, WAL_VERSION = 18, 2
+
+#: The change counter; SQLite drops its page cache only when bytes 24..39 change.
+COUNTER_AT = 24
+
+#: The counter for which the page count (bytes 28..31) is valid.
+VALID_FOR_AT = 92
+
+
+def is_database(header: bytes) -> bool:
+    """Anything else is a plain byte file: no counter, no page count."""
+    return len(header) >= HEADER_BYTES and header.startswith(MAGIC)
+
+
+def counter(header: bytes) -> int:
+    return int.from_bytes(header[COUNTER_AT : COUNTER_AT + 4], "big")
+
+
+def counter_patches(header: bytes, new: int) -> list[tuple[int, bytes]]:
+    """(offset, bytes) that set the change counter. The valid-for number follows only if it equalled the counter before,
+    or a stale page count would become valid."""
+    field = new.to_bytes(4, "big")
+    followed = header[VALID_FOR_AT : VALID_FOR_AT + 4] == header[COUNTER_AT : COUNTER_AT + 4]
+    return [(COUNTER_AT, field), (VALID_FOR_AT, field)] if followed else [(COUNTER_AT, field)]
+
+
+def file_size(header: bytes) -> int | None:
+    """Page count times page size in bytes, if the page count is valid."""
+    if not is_database(header) or header[COUNTER_AT : COUNTER_AT + 4] != header[VALID_FOR_AT : VALID_FOR_AT + 4]:
+        return None
+    page = int.from_bytes(header[16:18], "big")
+    return int.from_bytes(header[28:32], "big") * (65536 if page == 1 else page) or None
+
+
+def without_counter(offset: int, data: bytes) -> bytes:
+    """`data` from file offset `offset` with both counters zeroed, for comparing."""
+    if offset >= VALID_FOR_AT + 4:
+        return data
+    masked = bytearray(data)
+    for field in (COUNTER_AT, VALID_FOR_AT):
+        for byte in range(max(field, offset), min(field + 4, offset + len(data))):
+            masked[byte - offset] = 0
+    return bytes(masked)
+
+
+def sets_wal(offset: int, data: bytes) -> bool:
+    """Whether a write of `data` at `offset` switches the file to WAL."""
+    low, high = max(0, VERSIONS_AT - offset), max(0, VERSIONS_AT + 2 - offset)
+    return WAL_VERSION in data[low:high]
+
+
+def in_rollback_mode(offset: int, data: bytes) -> bytes:
+    """How bytes are shown: a database copied here in WAL mode needs no `-wal` and `-shm` when it says 1."""
+    if offset == 0 and data.startswith(MAGIC) and sets_wal(0, data):
+        return data[:VERSIONS_AT] + b"\1\1" + data[VERSIONS_AT + 2 :]
+    return data

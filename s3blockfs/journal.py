@@ -1,0 +1,117 @@
+"""Observer of SQLite's rollback journal: is it hot, and do the dirty bytes equal the images it holds? Pure; no I/O.
+
+Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a sequence of segments, each a header
+(28 bytes, padded to the sector size) followed by records: page number, page image, checksum.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from s3blockfs.header import without_counter
+
+MAGIC = bytes.fromhex("d9d505f920a163d7")
+HEADER_BYTES = 28
+
+_HEADER = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector size, page size
+_ALL_RECORDS = 0xFFFFFFFF
+
+#: (offset, length) -> bytes, fewer at the end.
+Reader = Callable[[int, int], bytes]
+
+
+class PageImage(NamedTuple):
+    """What `offset`..`offset + len(data)` of the database held before the transaction."""
+
+    offset: int
+    data: bytes
+
+
+def is_hot(first_byte: bytes) -> bool:
+    """Whether SQLite may play this journal back; like SQLite, by its first byte (an empty or zeroed one is not)."""
+    return first_byte not in (b"", b"\0")
+
+
+def page_images(read: Reader, size: int) -> Iterator[PageImage]:
+    """The images with a valid checksum, in order; stops at the first that is not valid, as SQLite's play-back does.
+
+    A stale record of an earlier transaction (PERSIST) fails its checksum, because every header draws a new nonce.
+    """
+    start = 0
+    while start + HEADER_BYTES <= size:
+        magic, records, nonce, _, sector, page = _HEADER.unpack(read(start, HEADER_BYTES))
+        if magic != MAGIC or not _is_power_of_two(sector, 32, 65536) or not _is_power_of_two(page, 512, 65536):
+            return
+        pos = start + sector
+        record_bytes = page + 8
+        if records in (0, _ALL_RECORDS):  # never synced: SQLite goes by the size of the file
+            records = max(0, size - pos) // record_bytes
+        for _ in range(records):
+            record = read(pos, record_bytes)
+            if len(record) < record_bytes:
+                return
+            number, image = int.from_bytes(record[:4], "big"), record[4 : 4 + page]
+            if number == 0 or checksum(nonce, image) != int.from_bytes(record[-4:], "big"):
+                return
+            yield PageImage((number - 1) * page, image)
+            pos += record_bytes
+        start = -(-pos // sector) * sector
+
+
+def super_journal(read: Reader, size: int) -> str | None:
+    """The super-journal that this journal names at its end (a commit over several attached databases), or None.
+
+    Layout, from the end: magic (8), checksum of the name (4), its length (4), the name; pager.c, readSuperJournal.
+    """
+    if size < 16 + len(MAGIC):
+        return None
+    end = read(size - 16, 16)
+    length, total = int.from_bytes(end[:4], "big"), int.from_bytes(end[4:8], "big")
+    if end[8:] != MAGIC or not 0 < length <= min(4096, size - 16):
+        return None
+    name = read(size - 16 - length, length)
+    signed = sum(byte - 256 if byte > 127 else byte for byte in name)
+    if (sum(name) & 0xFFFFFFFF) != total and (signed & 0xFFFFFFFF) != total:  # C's char is signed or not
+        return None
+    return name.decode("utf-8", "surrogateescape")
+
+
+def checksum(nonce: int, image: bytes) -> int:
+    """nonce + every 200th byte, counted down from 200 before the end of the page (same source, section 3)."""
+    return (nonce + sum(image[len(image) - 200 : 0 : -200])) & 0xFFFFFFFF
+
+
+def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], read_dirty: Reader) -> bool:
+    """Whether every dirty range lies inside page images of this journal and equals them: a play-back just put back what
+    is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew.
+    """
+    rows = sorted(dirty)
+    covered: list[tuple[int, int]] = []
+    for image in page_images(read, size):
+        low, high = image.offset, image.offset + len(image.data)
+        row = max(0, bisect_right(rows, (low, high)) - 1)
+        while row < len(rows) and rows[row][0] < high:
+            start, end = max(rows[row][0], low), min(rows[row][1], high)
+            row += 1
+            if start < end:
+                was, now = image.data[start - low : end - low], read_dirty(start, end - start)
+                if without_counter(start, was) != without_counter(start, now):
+                    return False
+                covered.append((start, end))
+    covered.sort()
+    pos = 0
+    for start, end in rows:
+        while start < end:
+            while pos < len(covered) and covered[pos][1] <= start:
+                pos += 1
+            if pos == len(covered) or covered[pos][0] > start:
+                return False
+            start = covered[pos][1]
+    return True
+
+
+def _is_power_of_two(value: int, low: int, high: int) -> bool:
+    return low <= value <= high and value & (value - 1) == 0

@@ -1,0 +1,50 @@
+"""Read-ahead: notices a sequential reader and says what to fetch before it asks. Pure; no I/O, no threads.
+
+The window doubles with every sequential read, so that a point read costs one block and a scan soon reads megabytes a
+request.
+"""
+
+from __future__ import annotations
+
+from s3blockfs.format.data import OBJECT_BYTES
+
+#: The first window: two of the 128 KiB reads with which the kernel itself reads ahead.
+FIRST_WINDOW_BYTES = 256 * 1024
+
+#: Reads this far off the expected position still count as sequential: kernel threads deliver them out of order.
+SLACK_BYTES = 512 * 1024
+
+
+class Readahead:
+    """State of one reader (one file handle). The caller serialises calls, or accepts a lost hint."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._window = 0
+        self._expected = 0
+        self._fetched_to = 0
+        self._hits = 0
+
+    def next_range(self, offset: int, length: int, size: int) -> tuple[int, int] | None:
+        """(start, end) to fetch ahead after this read of a file of `size` bytes, or None."""
+        end = offset + length
+        if not -SLACK_BYTES <= offset - self._expected <= SLACK_BYTES or self._limit == 0:
+            self._window, self._hits, self._expected, self._fetched_to = 0, 0, end, end
+            return None
+        self._expected = max(self._expected, end)
+        self._hits += 1
+        if self._hits < 3:  # two neighbouring reads happen by chance in any B-tree
+            self._fetched_to = max(self._fetched_to, end)
+            return None
+        self._window = min(self._limit, max(FIRST_WINDOW_BYTES, self._window * 2))
+        start = max(self._fetched_to, end)
+        if start - end > self._window // 2 or start >= size:
+            return None
+        stop = end + self._window
+        if self._window >= 2 * OBJECT_BYTES:
+            stop -= stop % OBJECT_BYTES  # whole objects: fewer, larger requests
+        stop = min(stop, size)
+        if stop <= start:
+            return None
+        self._fetched_to = stop
+        return start, stop
