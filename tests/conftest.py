@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from s3blockfs.embedded import Endpoint
-from tests.servers import seaweed
+from servers import seaweed
 
 
 @pytest.fixture(scope="session")
