@@ -36,7 +36,6 @@ from s3blockfs.fuse_binding import (
     Flock,
     Operations,
     context_pid,
-    interrupted,
 )
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind
@@ -303,7 +302,7 @@ class FileSystem(Operations):
             return
         handle.owners.add(owner)
         if command == F_SETLKW:
-            database.wait_lock(owner, kind, start, end, lock.l_pid, interrupted)
+            database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
         else:
             database.lock(owner, kind, start, end, lock.l_pid)
 
@@ -378,9 +377,12 @@ class FileSystem(Operations):
         shown = self._shown[handle.database]
         if shown.inode is None and not handle.database.is_gone:
             try:
-                shown.inode = Path(self._mountpoint + handle.path).stat().st_ino
+                shown.inode = self.mounted.inode(handle.path)
             except FileNotFoundError:
                 log.debug("%s: unlinked while open", handle.path)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # the mount is ending: there is nothing to invalidate any more
+                    raise
 
     def _invalidate(self, database: Database) -> None:
         """Drop the kernel's pages and attributes of a database."""
@@ -388,7 +390,11 @@ class FileSystem(Operations):
         if shown is None:
             return
         if shown.inode is not None:
-            self.mounted.invalidate_inode(shown.inode)
+            try:
+                self.mounted.invalidate_inode(shown.inode)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:
+                    raise
         elif shown.handles:
             log.warning("%s: its inode is not known, so cached pages may be shown until it is reopened", database.path)
         if not shown.handles:

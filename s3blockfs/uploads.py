@@ -37,6 +37,7 @@ class Uploads:
         self._block_size = base.block_size
         self._pending: deque[tuple[Future[str], ObjectRef]] = deque()
         self._committing = False
+        self._patience_s = config.transaction_deadline_s
         self._most = max(1, config.upload_memory // OBJECT_BYTES)
         self._whole: dict[int, set[int]] = {}
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}
@@ -116,7 +117,8 @@ class Uploads:
     def _upload(self, ref: ObjectRef, body: bytes) -> None:
         while len(self._pending) >= self._most:
             self._reap()
-        put = partial(self._source.store.put, ref.key(self._source.prefix), body, site="data")
+        key, patience_s = ref.key(self._source.prefix), self._patience_s  # megabytes need longer than a small request
+        put = partial(self._source.store.put, key, body, site="data", timeout_s=patience_s)
         self._pending.append((self._source.runtime.submit(put), ref))
 
     def _reap(self) -> None:

@@ -70,14 +70,14 @@ def _in_background() -> int:
 
 
 def _serve(namespace: argparse.Namespace) -> int:
-    from s3blockfs import fuse_binding  # needs libfuse
+    from s3blockfs import fuse_binding, mountpoint  # needs libfuse
     from s3blockfs.catalog import Catalog
     from s3blockfs.fuse_ops import FileSystem
 
     target, config = parse_target(namespace.target), config_from(namespace)
     pipe = os.environ.pop(READY_VARIABLE, None)
-    fuse_binding.require()
-    if fuse_binding.clear_dead_mount(namespace.directory):
+    mountpoint.require()
+    if mountpoint.clear_dead_mount(namespace.directory):
         print(f"s3blockfs: cleared a dead mount on {namespace.directory}", file=sys.stderr)
     directory = Path(namespace.directory).resolve()
     if not directory.is_dir():

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from s3blockfs import mountpoint
 from s3blockfs.cli.mount_cmd import alive_path
 from s3blockfs.errors import Busy
 from s3blockfs.runtime import SystemRuntime
@@ -27,12 +28,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    from s3blockfs import fuse_binding  # needs libfuse
-
     directory = Path(os.path.realpath(namespace.directory))
-    if fuse_binding.clear_dead_mount(str(directory)):
+    if mountpoint.clear_dead_mount(str(directory)):
         return 0
-    fuse_binding.unmount(str(directory))
+    mountpoint.unmount(str(directory))
     _wait_for_end(alive_path(directory))
     return 0
 
