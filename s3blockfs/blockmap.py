@@ -38,11 +38,15 @@ class _Leaf:
 
 @dataclass(frozen=True, slots=True)
 class EncodedMap:
-    """How a map goes into a head: either inline extents, or leaves, of which `uploads` must be stored first."""
+    """How a map goes into a head: either inline extents, or leaves, of which `uploads` must be stored first.
+
+    `map` is the map to go on with: it knows its leaves as stored, so that later commits do not upload them again.
+    """
 
     extents: tuple[Extent, ...]
     leaves: tuple[LeafRef, ...]
     uploads: tuple[tuple[LeafRef, bytes], ...]
+    map: BlockMap
 
 
 class BlockMap:
@@ -96,8 +100,10 @@ class BlockMap:
                 leaves.append(leaf)
                 continue
             merged = _merge(leaf.extents(self._load), mine)
-            for start in range(0, max(1, len(merged)), LEAF_EXTENTS):
-                part = tuple(merged[start : start + LEAF_EXTENTS])
+            parts = max(1, -(-len(merged) // LEAF_EXTENTS))
+            step = max(1, -(-len(merged) // parts))  # even parts: a full leaf and a crumb would breed crumbs
+            for start in range(0, max(1, len(merged)), step):
+                part = tuple(merged[start : start + step])
                 leaves.append(_Leaf(part[0].first if start else leaf.first, None, part))
         return BlockMap(leaves, self._load)
 
@@ -106,18 +112,22 @@ class BlockMap:
         if all(leaf.ref is None for leaf in self._leaves):
             extents = tuple(e for leaf in self._leaves for e in leaf.extents(self._load))
             if len(extents) <= LEAF_EXTENTS and len(codec.encode(extents)) <= INLINE_MAP_BYTES:
-                return EncodedMap(extents, (), ())
+                return EncodedMap(extents, (), (), self)
         refs: list[LeafRef] = []
         uploads: list[tuple[LeafRef, bytes]] = []
+        stored: list[_Leaf] = []
         for number, leaf in enumerate(self._leaves):
             if leaf.ref is None:
-                body = codec.encode(leaf.extents(self._load))
+                rows = leaf.extents(self._load)
+                body = codec.encode(rows)
                 ref = LeafRef(leaf.first, number, rev, nonce(), zlib.crc32(body))
                 uploads.append((ref, body))
+                stored.append(_Leaf(leaf.first, ref, rows))
             else:
                 ref = leaf.ref
+                stored.append(leaf)
             refs.append(ref)
-        return EncodedMap((), tuple(refs), tuple(uploads))
+        return EncodedMap((), tuple(refs), tuple(uploads), BlockMap(stored, self._load))
 
 
 def _clip(extent: Extent, first: int, end: int) -> Extent | None:

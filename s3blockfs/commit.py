@@ -97,7 +97,7 @@ class Publisher:
             encoded = block_map.encode(replaced.rev, self._heads.nonce)
             for leaf, body in encoded.uploads:
                 self._source.store.put(leaf.key(self._source.prefix), body, site="map")
-            maps[commit_id] = block_map
+            maps[encoded.extents, encoded.leaves] = encoded.map
             return replace(
                 replaced,
                 seq=seq,
@@ -116,8 +116,10 @@ class Publisher:
         version = self._heads.swap(base.version, make, commit=commit_id, archives=archives)
         self._start_roll(version.head)
         snapshot = None
-        if version.head.commit == commit_id and version.head.segments == base.head.segments + tuple(segments):
-            snapshot = base.advance(version, record, [*pieces, *tail_pieces(logged)], maps[commit_id])
+        block_map = maps.get((version.head.extents, version.head.leaves))
+        same_log = version.head.segments == base.head.segments + tuple(segments)
+        if version.head.commit == commit_id and same_log and block_map is not None:
+            snapshot = base.advance(version, record, [*pieces, *tail_pieces(logged)], block_map)
         return Published(version, snapshot, counter_set)
 
     def _upload(
