@@ -12,21 +12,22 @@ releases its lock, because the committed state is already right and may even hav
 Threads: `_gate` serialises lock calls, `_writing` everything that changes state, `_mutex` protects single moments and
 is never held during a request to the store. Order: _gate > _writing > _mutex.
 
-Invariants: while `_doubt` is set nothing is read, written or published. `_uploads` is set exactly while `_dirty` is
-dirty. `on_moved` is called with none of `_mutex` held, after the snapshot was switched, never from read or write.
+Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or published. `on_moved` is called after the
+snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 from s3blockfs import header
 from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
-from s3blockfs.dirty import Dirty, spill_folder
+from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import (
     Busy,
     DatabaseGone,
@@ -44,7 +45,7 @@ from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.telemetry import ENGINE_LOGGER
-from s3blockfs.uploads import Uploads
+from s3blockfs.view import View
 
 log = logging.getLogger(ENGINE_LOGGER)
 
@@ -76,11 +77,11 @@ class Database:
         self._side_files = side_files
         self._gate = threading.RLock()
         self._writing = threading.RLock()
+        self._depth = 0
+        self._moved = False
         self._mutex = threading.Lock()
         self._unloaded: Version | None = None
-        self._snapshot = Snapshot.load(source, version)
-        self._dirty = self._new_dirty()
-        self._uploads: Uploads | None = None
+        self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), publisher.uploads)
         self._checked = source.runtime.monotonic()
         self._doubt: Doubt | None = None
         self._settling = False
@@ -101,23 +102,21 @@ class Database:
 
     @property
     def size(self) -> int:
-        with self._mutex:
-            return self._dirty.size
+        return self._view.size
 
     @property
     def modified_s(self) -> float:
         """The time of the last commit by the store's clock."""
-        return self._snapshot.head.time_ms / 1000
+        return self._view.snapshot.head.time_ms / 1000
 
     @property
     def commit(self) -> bytes:
         """The id of the commit that reads show, uncommitted bytes apart."""
-        return self._snapshot.head.commit
+        return self._view.snapshot.head.commit
 
     @property
     def is_dirty(self) -> bool:
-        with self._mutex:
-            return self._dirty.is_dirty
+        return self._view.is_dirty
 
     @property
     def is_gone(self) -> bool:
@@ -125,62 +124,30 @@ class Database:
 
     @property
     def version(self) -> Version:
-        return self._snapshot.version
+        return self._view.snapshot.version
 
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Uncommitted bytes over committed ones; fewer at the end of the file, none past it."""
         self._require_settled()
-        with self._mutex:
-            snapshot, dirty = self._snapshot, self._dirty
-            end = min(offset + length, dirty.size)
-            if offset >= end:
-                return b""
-            base_end = min(end, dirty.cut)
-            own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
-        if len(own) == 1 and len(own[0][1]) == end - offset:
-            return header.in_rollback_mode(offset, own[0][1])
-        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
-        if readahead is not None:
-            ahead = readahead.next_range(offset, length, snapshot.head.size)
-            if ahead is not None:
-                snapshot.prefetch(*ahead)
-        if own or len(data) < end - offset:
-            merged = bytearray(data.ljust(end - offset, b"\0"))
-            for low, part in own:
-                merged[low - offset : low - offset + len(part)] = part
-            data = bytes(merged)
-        return header.in_rollback_mode(offset, data)
+        return header.in_rollback_mode(offset, self._view.read(offset, length, readahead))
 
     # --- changing --------------------------------------------------------------------------------------
 
     def write(self, offset: int, data: bytes) -> None:
         """Remember `data` as uncommitted. Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
-        with self._writing:
+        with self._changing():
             self._require_writable()
             if self._discarding is not None:
                 return
             self._refuse_wal(offset, data)
-            block_size = self._snapshot.head.block_size
-            first, end = offset // block_size, -(-(offset + len(data)) // block_size)
-            with self._mutex:
-                uploads = self._begin()
-                self._dirty.write(offset, data)
-            uploads.forget(first, end)
-            uploads.stream(self._dirty, first, end)
+            self._view.write(offset, data)
 
     def truncate(self, size: int) -> None:
         """Cut or extend. Raises as `write` does."""
-        with self._writing:
+        with self._changing():
             self._require_writable()
-            if self._discarding is not None or size == self.size:
-                return
-            with self._mutex:
-                uploads = self._begin()
-                self._dirty.truncate(size)
-                # The block that the cut divides was perhaps uploaded with bytes that are no longer there.
-                uploads.forget(size // self._snapshot.head.block_size, 1 << 62)
-                if not self._dirty.is_dirty:
-                    self._uploads = None
+            if self._discarding is None and size != self.size:
+                self._view.truncate(size)
 
     def journal_begins(self) -> None:
         """A journal's first header is being written: are its images going to be those of the committed state?"""
@@ -191,18 +158,19 @@ class Database:
 
         Returns when the transaction is durable, or rolled back. Raises when it is not: then the finalisation must fail.
         """
-        with self._writing:
+        with self._changing():
             self._require_settled()
+            if any(writer != pid for _, writer in self.locks.writers()):
+                raise OSError(errno.EBUSY, f"{self._label}: another process is in mid-transaction")
             if self._discarding is not None:
                 self._end_discard(remove_journal=False)
                 return
-            self._require_no_other_writer(pid)
             if not self.is_dirty:
                 return
             journal = self._journal()
             if journal is not None and self._was_rolled_back(journal):
-                self._drop_dirty()
-                self.on_moved()  # the change counter in the kernel's copy may be another one
+                self._view.drop()
+                self._moved = True  # the change counter in the kernel's copy may be another one
                 return
             self._shrink_to_header(pid)
             self._publish()
@@ -213,7 +181,7 @@ class Database:
         SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
         because another database failed, the play-back is published as a compensating commit.
         """
-        with self._writing:
+        with self._changing():
             journal = self._journal()
             if journal is not None and super_journal(journal.read, journal.size) == name:
                 self.finalise_journal(pid)
@@ -228,7 +196,7 @@ class Database:
         if journal is not None and is_hot(journal.read(0, 1)) and self._discarding is None:
             name = super_journal(journal.read, journal.size)
             if name is not None and foreign(name):
-                with self._writing:
+                with self._changing():
                     self.finalise_journal(pid)
                     self._journal_images_committed = False
             return
@@ -239,7 +207,7 @@ class Database:
         self._publish_if_allowed(pid)
 
     def _publish_if_allowed(self, pid: int) -> None:
-        with self._writing:
+        with self._changing():
             self._require_settled()
             if self._discarding is not None:
                 raise StoreUnavailable(f"{self._label}: an earlier commit of this transaction failed; roll back")
@@ -250,9 +218,10 @@ class Database:
             self._publish()
 
     def _publish(self) -> None:
-        assert self._uploads is not None
+        view = self._view
+        assert view.uploads is not None
         try:
-            published = self._publisher.publish(self._snapshot, self._dirty, self._uploads)
+            published = self._publisher.publish(view.snapshot, view.dirty, view.uploads)
         except Unsettled as error:
             self._doubt = error.doubt
             self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
@@ -260,22 +229,16 @@ class Database:
             raise
         except (S3BlockFSError, OSError) as error:
             log.warning("%s: commit failed: %s", self._label, error)
-            self._fail()
+            self._fail(remove_journal=False)
             raise
         self._checked = self._source.runtime.monotonic()
         self._adopt(published.version, published.snapshot)
-        if published.counter_set or published.snapshot is None:
-            self.on_moved()
-
-    def _begin(self) -> Uploads:
-        if self._uploads is None:
-            self._uploads = self._publisher.uploads(self._snapshot)
-        return self._uploads
+        self._moved |= published.counter_set or published.snapshot is None
 
     def _was_rolled_back(self, journal: SideFile) -> bool:
         """Whether SQLite just put back what is committed. Judged from the journal's page images, not by GETs."""
-        dirty = self._dirty
-        if not self._journal_images_committed or dirty.size != self._snapshot.head.size or dirty.cut < dirty.size:
+        dirty = self._view.dirty
+        if not self._journal_images_committed or dirty.size != self._view.snapshot.head.size or dirty.cut < dirty.size:
             return False
         ranges = list(dirty.ranges(0, dirty.size))
         return restores_committed(journal.read, journal.size, ranges, lambda low, length: dirty.read(low, low + length))
@@ -326,11 +289,11 @@ class Database:
     def owner_closes(self, owner: Hashable) -> bool:
         """A handle of `owner` closes. True if that ends a write transaction in its middle: its process died, or closed
         a second descriptor, which drops POSIX locks. The transaction is discarded."""
-        with self._gate, self._writing:
+        with self._gate, self._changing():
             if self.locks.level(owner) < Level.RESERVED:
                 return False
             if self._doubt is None and self._discarding is None:
-                self._drop_dirty()
+                self._view.drop()
                 self._discarding = owner
             return True
 
@@ -348,18 +311,18 @@ class Database:
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
         if before >= Level.RESERVED and self.locks.level(owner) < Level.RESERVED and self._discarding == owner:
-            with self._writing:
+            with self._changing():
                 self._end_discard(remove_journal=True)
 
     def refresh(self, max_age_s: float) -> None:
         """Look for a newer head if the last look is older than this, and move to it. Not while anything is dirty."""
-        with self._writing:
+        with self._changing():
             self._require_settled()
             if self._is_fresh(max_age_s) or self._discarding is not None or self.is_dirty:
                 return
             now = self._source.runtime.monotonic()
             try:
-                version = self._heads.read_if_changed(self._snapshot.version)
+                version = self._heads.read_if_changed(self._view.snapshot.version)
             except StoreUnavailable as error:
                 if self._config.refresh_s == 0:
                     raise
@@ -367,16 +330,16 @@ class Database:
                 self._checked = now - self._config.refresh_s + REFRESH_PAUSE_S
                 return
             self._checked = now
-            if version is not self._snapshot.version:
+            if version is not self._view.snapshot.version:
                 self._move(version)
 
     def _require_newest(self) -> None:
         """A write transaction must start on the newest state; the snapshot cannot move under the caller's SHARED."""
-        with self._writing:
+        with self._changing():
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
-            version = self._heads.read_if_changed(self._snapshot.version)
-            if version.head.commit != self._snapshot.head.commit or version.head.id != self._snapshot.head.id:
+            version = self._heads.read_if_changed(self._view.snapshot.version)
+            if version.head.commit != self._view.snapshot.head.commit or version.head.id != self._view.snapshot.head.id:
                 self._checked = float("-inf")
                 raise Busy(f"{self._label}: changed elsewhere; read again")
             self._checked = self._source.runtime.monotonic()
@@ -387,25 +350,43 @@ class Database:
 
     # --- states ----------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""
+        with self._writing:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                moved = self._moved and self._depth == 0
+                if moved:
+                    self._moved = False
+        if moved:
+            self.on_moved()
+
     def delete(self) -> None:
         """It was deleted here: open handles still read, and cannot write."""
-        with self._writing:
-            self._drop_dirty()
+        with self._changing():
+            self._view.drop()
             self._gone = f"{self._label}: was deleted"
 
     def close(self) -> None:
         """Forget uncommitted bytes; nobody has it open."""
-        with self._writing:
-            self._dirty.close()
+        with self._changing():
+            self._view.close()
 
     def _require_settled(self) -> None:
         if self._doubt is not None:
             self._settle_soon()
             raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
-        if self._unloaded is not None:
-            with self._writing:
-                if self._unloaded is not None:
-                    self._adopt(self._unloaded, Snapshot.load(self._source, self._unloaded))
+        version = self._unloaded
+        if version is not None:
+            snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
+            with self._mutex:
+                if self._unloaded is version:
+                    self._view.move(snapshot)
+                    self._unloaded = None
 
     def _require_writable(self) -> None:
         self._require_settled()
@@ -414,23 +395,19 @@ class Database:
         if self._config.read_only:
             raise ReadOnly(f"{self._label}: mounted read-only")
 
-    def _require_no_other_writer(self, pid: int) -> None:
-        if any(writer != pid for _, writer in self.locks.writers()):
-            raise OSError(errno.EBUSY, f"{self._label}: another process is in mid-transaction")
-
-    def _fail(self) -> None:
-        """A commit definitely did not happen."""
-        self._drop_dirty()
+    def _fail(self, remove_journal: bool) -> None:
+        """The uncommitted bytes count no more. A writer that still holds its lock does not know yet."""
+        self._view.drop()
         writers = self.locks.writers()
         if writers:
             self._discarding = writers[0][0]
         else:
-            self._end_discard(remove_journal=False)
+            self._end_discard(remove_journal)
 
     def _end_discard(self, remove_journal: bool) -> None:
         """The writer let go: the committed state is what counts, wherever it is now."""
         self._discarding = None
-        self._drop_dirty()
+        self._view.drop()
         if remove_journal:
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
         self._checked = float("-inf")
@@ -438,7 +415,7 @@ class Database:
             self.refresh(0)
         except (StoreError, DatabaseGone) as error:
             log.warning("%s: %s", self._label, error)  # the next transaction looks again
-        self.on_moved()
+        self._moved = True
 
     def _settle_soon(self) -> None:
         with self._mutex:
@@ -455,14 +432,16 @@ class Database:
             if doubt is None:
                 return
             version = self._heads.settle(doubt)
-            with self._gate, self._writing:
+            with self._gate, self._changing():
                 if version is not None:
                     self._adopt(version, None)
                 self._doubt = None
-                self._fail()
+                self._fail(remove_journal=True)
             log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
         except DatabaseGone as error:
-            self._gone, self._doubt = str(error), None
+            with self._gate, self._changing():
+                self._gone, self._doubt = str(error), None
+                self._fail(remove_journal=True)
         except S3BlockFSError as error:
             log.warning("%s", error)
         finally:
@@ -473,32 +452,22 @@ class Database:
             self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
             raise DatabaseGone(self._gone)
         self._adopt(version, Snapshot.load(self._source, version))
-        self.on_moved()
+        self._moved = True
 
     def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
         """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
-        self._unloaded = None
         if snapshot is None:
             try:
                 snapshot = Snapshot.load(self._source, version)
             except S3BlockFSError as error:
                 log.warning("%s: %s", self._label, error)
+        with self._mutex:
+            if snapshot is None:
                 self._unloaded = version
-        with self._mutex:
-            if snapshot is not None:
-                self._snapshot = snapshot
-            self._uploads = None
-            self._dirty.close()
-            self._dirty = self._new_dirty()
-
-    def _drop_dirty(self) -> None:
-        with self._mutex:
-            self._uploads = None
-            self._dirty.clear(self._snapshot.head.size)
-
-    def _new_dirty(self) -> Dirty:
-        head = self._snapshot.head
-        return Dirty(spill_folder(self._config.spill_dir), head.block_size, head.size)
+                self._view.drop()
+            else:
+                self._view.move(snapshot)
+                self._unloaded = None
 
     def _journal(self) -> SideFile | None:
         return self._side_files.get(self.path + JOURNAL_SUFFIX)

@@ -57,6 +57,8 @@ class _Shown:
     handles: int = 0
     inode: int | None = None
     pages_of: bytes | None = None
+    stale: bool = False
+    """The pages have to go and could not be dropped: its inode number was not known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -118,7 +120,7 @@ class FileSystem(Operations):
                 raise _no_entry(path)
             return self._side_attributes(side)
         database = self._catalog.opened_at(path[1:])
-        if database is not None and database in self._shown and not database.is_gone:
+        if database is not None and self._is_open(database) and not database.is_gone:
             return self._file_attributes(database.size, database.modified_s)
         entry = self._catalog.lookup(path[1:])
         if entry is None:
@@ -360,10 +362,15 @@ class FileSystem(Operations):
         with self._lock:
             shown = self._shown.setdefault(database, _Shown())
             shown.handles += 1
-            info.keep_cache = int(shown.handles > 1 or shown.pages_of == database.commit)
+            info.keep_cache = int(not shown.stale and (shown.handles > 1 or shown.pages_of == database.commit))
+            shown.stale = False  # an open without keep_cache drops the pages of every handle
             database.on_moved = partial(self._invalidate, database)
             self._shown = {d: s for d, s in self._shown.items() if s.handles or d is self._catalog.opened_at(d.path)}
         return self._add_handle(info, _Handle(path, database, None, self._readahead()))
+
+    def _is_open(self, database: Database) -> bool:
+        shown = self._shown.get(database)
+        return shown is not None and shown.handles > 0
 
     def _add_handle(self, info: FileInfo, handle: _Handle) -> _Handle:
         with self._lock:
@@ -395,10 +402,8 @@ class FileSystem(Operations):
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
-        elif shown.handles:
-            log.warning("%s: its inode is not known, so cached pages may be shown until it is reopened", database.path)
-        if not shown.handles:
-            shown.pages_of = None
+        else:
+            shown.stale = True
 
     def _readahead(self) -> Readahead:
         return Readahead(self._config.readahead_size)

@@ -1,0 +1,107 @@
+"""What local users of a database see: uncommitted bytes over a committed snapshot. Bytes only; no rules, no file locks.
+
+Threads: `read` and the properties from any thread; whatever changes something is serialised by the caller. `_mutex`
+protects single moments and is never held during a request to the store.
+
+Invariant: `uploads` is set exactly while something is dirty.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from s3blockfs.dirty import Dirty
+from s3blockfs.prefetch import Readahead
+from s3blockfs.snapshot import Snapshot
+from s3blockfs.uploads import Uploads
+
+
+class View:
+    """Starts clean, at `snapshot`."""
+
+    def __init__(self, snapshot: Snapshot, spill_folder: str, new_uploads: Callable[[Snapshot], Uploads]) -> None:
+        """`new_uploads` makes the uploads of a transaction that starts on a snapshot."""
+        self._mutex = threading.Lock()
+        self._spill_folder = spill_folder
+        self._new_uploads = new_uploads
+        self.snapshot = snapshot
+        self.dirty = self._new_dirty()
+        self.uploads: Uploads | None = None
+
+    @property
+    def size(self) -> int:
+        with self._mutex:
+            return self.dirty.size
+
+    @property
+    def is_dirty(self) -> bool:
+        with self._mutex:
+            return self.dirty.is_dirty
+
+    def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
+        """Fewer bytes at the end of the file, none past it. Raises what reading the snapshot raises."""
+        with self._mutex:
+            snapshot, dirty = self.snapshot, self.dirty
+            end = min(offset + length, dirty.size)
+            if offset >= end:
+                return b""
+            base_end = min(end, dirty.cut)
+            own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
+        if len(own) == 1 and len(own[0][1]) == end - offset:
+            return own[0][1]
+        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
+        if readahead is not None:
+            ahead = readahead.next_range(offset, length, snapshot.head.size)
+            if ahead is not None:
+                snapshot.prefetch(*ahead)
+        if not own and len(data) == end - offset:
+            return data
+        merged = bytearray(data.ljust(end - offset, b"\0"))
+        for low, part in own:
+            merged[low - offset : low - offset + len(part)] = part
+        return bytes(merged)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Remember `data`, and start to upload what is complete. Raises OSError when the spill folder is full."""
+        block_size = self.snapshot.head.block_size
+        first, end = offset // block_size, -(-(offset + len(data)) // block_size)
+        with self._mutex:
+            uploads = self._begin()
+            uploads.forget(first, end)
+            self.dirty.write(offset, data)
+        uploads.stream(self.dirty, first, end)
+
+    def truncate(self, size: int) -> None:
+        with self._mutex:
+            uploads = self._begin()
+            # The block that the cut divides was perhaps uploaded with bytes that are no longer there.
+            uploads.forget(size // self.snapshot.head.block_size, 1 << 62)
+            self.dirty.truncate(size)
+            if not self.dirty.is_dirty:
+                self.uploads = None
+
+    def drop(self) -> None:
+        """Forget what is not committed."""
+        with self._mutex:
+            self.uploads = None
+            self.dirty.clear(self.snapshot.head.size)
+
+    def move(self, snapshot: Snapshot) -> None:
+        """Show another committed state, with nothing uncommitted over it."""
+        with self._mutex:
+            self.snapshot, self.uploads = snapshot, None
+            self.dirty.close()
+            self.dirty = self._new_dirty()
+
+    def close(self) -> None:
+        with self._mutex:
+            self.dirty.close()
+
+    def _begin(self) -> Uploads:
+        if self.uploads is None:
+            self.uploads = self._new_uploads(self.snapshot)
+        return self.uploads
+
+    def _new_dirty(self) -> Dirty:
+        return Dirty(self._spill_folder, self.snapshot.head.block_size, self.snapshot.head.size)
