@@ -127,11 +127,10 @@ def alive_path(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def alive_lock(directory: Path) -> Iterator[None]:
-    """Held by the daemon, so that `umount` can wait for its end; it vanishes with a killed one."""
+    """Held by the daemon until its process has ended, which is what `umount` waits for."""
     path = alive_path(directory)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)  # never closed here
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from s3blockfs import mountpoint
 from s3blockfs.cli.mount_cmd import alive_path
@@ -31,26 +32,24 @@ def run(namespace: argparse.Namespace) -> int:
     directory = Path(os.path.realpath(namespace.directory))
     if mountpoint.clear_dead_mount(str(directory)):
         return 0
-    mountpoint.unmount(str(directory))
-    _wait_for_end(alive_path(directory))
+    path = alive_path(directory)
+    with contextlib.ExitStack() as stack:
+        # Before unmounting: the daemon removes the name when it is about to end.
+        alive = stack.enter_context(path.open()) if path.exists() else None
+        mountpoint.unmount(str(directory))
+        if alive is not None:
+            _wait_for_end(alive)
+            path.unlink(missing_ok=True)
     return 0
 
 
-def _wait_for_end(path: Path) -> None:
+def _wait_for_end(file: IO[str]) -> None:
     runtime = SystemRuntime()
     deadline = runtime.monotonic() + PATIENCE_S
-    try:
-        file = path.open("a")
-    except FileNotFoundError:
-        return
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if runtime.monotonic() > deadline:
-                    raise Busy("unmounted, but the daemon is still at work; look at its log") from None
-                runtime.sleep(0.02)
-            else:
-                path.unlink(missing_ok=True)
-                return
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if runtime.monotonic() > deadline:
+                raise Busy("unmounted, but the daemon is still at work; look at its log") from None
+            runtime.sleep(0.02)
