@@ -81,7 +81,7 @@ class Catalog:
         """What `path` (relative to the root, no slash at its start) is, or None."""
         if path == "":
             return Entry(self._root, is_folder=True)
-        if not all(is_file_name(part) for part in path.split("/")) or path.split("/")[0] == HIDDEN_FOLDER:
+        if not all(is_file_name(part) and part != HIDDEN_FOLDER for part in path.split("/")):
             return None
         version = self._head(prefix := join(self._root, path))
         if version is not None:
@@ -213,12 +213,10 @@ class Catalog:
         """The database known here under this name or its alias, open or lately closed; never asks the store."""
         with self._lock:
             for name in (path, _undotted(path)):
-                if name is not None:
-                    prefix = join(self._root, name)
-                    if prefix in self._open:
-                        return self._open[prefix]
-                    if prefix in self._idle:
-                        return self._idle[prefix]
+                prefix = join(self._root, name or "")
+                found = None if name is None else self._open.get(prefix) or self._idle.get(prefix)
+                if found is not None and (name == path or found.version.head.name is None):
+                    return found
         return None
 
     def opened(self) -> list[Database]:

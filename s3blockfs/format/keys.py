@@ -74,7 +74,7 @@ def check_prefix(prefix: str) -> None:
     if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
         raise UsageError(f"{prefix[:40]}...: name too long; S3 keys end at {MAX_KEY_BYTES} bytes")
     for part in prefix.split("/"):
-        if not is_file_name(part):
+        if not is_file_name(part) or part == HIDDEN_FOLDER:
             raise UsageError(f"{prefix!r}: not usable as a database name")
 
 
