@@ -44,6 +44,8 @@ class Dirty:
 
     def write(self, offset: int, data: bytes) -> None:
         """Raises OSError (ENOSPC) when the spill folder is full; nothing is recorded then."""
+        if not data:
+            return
         file = self._open()
         view = memoryview(data)
         done = 0
@@ -54,12 +56,13 @@ class Dirty:
         self.size = max(self.size, offset + len(data))
 
     def truncate(self, size: int) -> None:
+        """Raises OSError; nothing has changed then."""
         if size < self.size:
+            if self._file is not None:
+                os.ftruncate(self._file.fileno(), size)
             for block in [b for b in self._blocks if (b + 1) * self._block_size > size]:
                 kept = [(low, min(high, size)) for low, high in self._blocks[block] if low < size]
                 self._replace(block, kept)
-            if self._file is not None:
-                os.ftruncate(self._file.fileno(), size)
         self.size = size
         self.cut = min(self.cut, size)
 
