@@ -60,5 +60,5 @@ def sets_wal(offset: int, data: bytes) -> bool:
 def in_rollback_mode(offset: int, data: bytes) -> bytes:
     """How bytes are shown: a database copied here in WAL mode needs no `-wal` and `-shm` when it says 1."""
     if offset == 0 and data.startswith(MAGIC) and sets_wal(0, data):
-        return data[:VERSIONS_AT] + b"\1\1" + data[VERSIONS_AT + 2 :]
+        return data[:VERSIONS_AT] + b"\1\1"[: len(data) - VERSIONS_AT] + data[VERSIONS_AT + 2 :]
     return data
