@@ -105,7 +105,7 @@ def test_wal_databases_are_recognised_and_shown_in_rollback_mode(tmp_path: Path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.db", "shown.db", "wal.db"]
 
 
-@given(st.integers(0, 120))
+@given(st.integers(0, 100))
 @settings(deadline=None)
 def test_what_is_shown_has_the_length_that_was_read(length: int) -> None:
     """A short read of the header too: a longer answer than asked for is an I/O error of the mount."""
