@@ -30,6 +30,7 @@ from s3blockfs.errors import (
     OutcomeUnknown,
     PreconditionFailed,
     RequestInDoubt,
+    S3BlockFSError,
     StoreError,
     StoreUnavailable,
 )
@@ -129,6 +130,8 @@ class HeadFile:
             return verdict
         if seen is not None and (doubt.base is None or seen.etag != doubt.base.etag):
             return None  # another head replaced the one it was based on: its condition can never hold again
+        if seen is None and doubt.base is not None:
+            raise self._gone()
         if seen is None:
             # A creation that may still land: nothing can be swapped in to stop it, so it is repeated instead.
             body, stopper = doubt.body, doubt.head
@@ -212,7 +215,7 @@ class HeadFile:
             return None
         if seen.head.nonce == doubt.head.nonce:
             return seen
-        if doubt.base is None or doubt.base.head.deleted:
+        if doubt.base is None or doubt.base.head.id != doubt.head.id:  # a creation
             return seen if seen.head.id == doubt.head.id else None
         if doubt.commit is None or seen.etag == doubt.base.etag:
             return None
@@ -237,7 +240,7 @@ class HeadFile:
                 found = self._commit_in(archived, seq) if archived.seq >= seq else None
                 if found is not None:
                     return found
-        except StoreError as error:
+        except S3BlockFSError as error:  # also damage: it must not be taken for an answer
             raise self._unsettled(doubt) from error
         return None
 
@@ -274,7 +277,7 @@ class HeadFile:
         while True:
             try:
                 return self.read()
-            except StoreError as error:
+            except S3BlockFSError as error:  # also a damaged head: the outcome is still unknown
                 if self._runtime.monotonic() + pause > deadline:
                     raise self._unsettled(doubt) from error
             pause = self._pause(pause)
