@@ -112,7 +112,8 @@ class Publisher:
                 tail=tail.append(logged),
             )
 
-        archives = base.map.overlaps(new_extents)
+        # New extents drop what they overlap; in a map of leaves they drop a leaf in any case.
+        archives = bool(base.head.leaves and new_extents) or base.map.overlaps(new_extents)
         version = self._heads.swap(base.version, make, commit=commit_id, archives=archives)
         self._start_roll(version.head)
         snapshot = None
