@@ -45,7 +45,7 @@ class Published:
     snapshot: Snapshot | None
     """The state after it; None when others committed meanwhile and `version` has to be loaded."""
     counter_set: bool
-    """Whether the published header differs from the one the application wrote."""
+    """Whether readers are shown another header than the application wrote (counter, or WAL as rollback mode)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,7 @@ def _ranges_outside(dirty: Dirty, whole: set[int], block_size: int) -> Iterator[
 
 
 def _next_counter(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[int | None, bool]:
-    """Set the change counter to the base's plus one: (the counter, whether the application wrote another one).
+    """Set the change counter to the base's plus one: (the counter, whether the header shown is not the one written).
 
     Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps the base's, so that it goes
     on when one is written over it.
@@ -272,7 +272,7 @@ def _next_counter(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[int |
     own = header.counter(local)
     counter = own if base.head.counter is None else (base.head.counter + 1) & 0xFFFFFFFF
     if counter == own:
-        return counter, False
+        return counter, header.sets_wal(0, local)
     for offset, data in header.counter_patches(local, counter):
         dirty.write(offset, data)
     uploads.forget(0, 1)

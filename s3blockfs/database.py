@@ -370,6 +370,7 @@ class Database:
         with self._changing():
             self._view.drop()
             self._gone = f"{self._label}: was deleted"
+            self._checked = float("inf")  # a refresh would find the tombstone and fail reads
 
     def close(self) -> None:
         """Forget uncommitted bytes; nobody has it open."""

@@ -113,7 +113,8 @@ class FileSystem(Operations):
                 return self._side_attributes(handle.side)
             assert handle.database is not None
             return self._file_attributes(handle.database.size, handle.database.modified_s)
-        assert path is not None
+        if path is None:
+            raise OSError(errno.ESTALE, "fstat of a file that was unlinked here: the kernel does not say which")
         if is_side_file(path):
             side = self._catalog.side_files.get(self._side_path(path))
             if side is None:
@@ -151,7 +152,7 @@ class FileSystem(Operations):
         """Modes belong to the mount, not to the bucket: accepted, so that `cp -p` works, and not kept."""
 
     def chown(self, path: str, uid: int, gid: int) -> None:
-        if (uid, gid) not in ((-1, -1), (-1, self._owner["st_gid"]), (self._owner["st_uid"], -1)):
+        if uid not in (-1, self._owner["st_uid"]) or gid not in (-1, self._owner["st_gid"]):
             raise OSError(errno.EPERM, "everything belongs to the user who mounted it")
 
     def utimens(self, path: str, times: tuple[int, int] | None) -> None:
