@@ -228,6 +228,11 @@ def clean_up(directory: Path) -> None:
     assert not is_mounted(directory)
 
 
+def numbers(count: int) -> str:
+    """A SELECT of the numbers i from 1."""
+    return f"WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<{count}) SELECT i FROM n"
+
+
 def fresh_name(kind: str = "db") -> str:
     return f"{uuid.uuid4().hex[:12]}.{kind}"
 

@@ -19,6 +19,7 @@ from mounting import (
     daemons_of,
     is_mounted,
     mounted,
+    numbers,
     shell,
     sqlite,
 )
@@ -235,3 +236,232 @@ def test_the_hidden_folder_is_hidden(place: Place, tmp_path: Path) -> None:
         before = place.listing()
         assert shell("cp", mount / "a.db", mount / ".s3blockfs").returncode != 0
         assert place.listing() == before
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def local_database(path: Path, megabytes: int = 2, journal_mode: str = "DELETE") -> Path:
+    sqlite(
+        path,
+        f"PRAGMA journal_mode={journal_mode}",
+        "CREATE TABLE t(id INTEGER PRIMARY KEY, blob)",
+        f"INSERT INTO t SELECT i, randomblob(4000) FROM ({numbers(megabytes * 256)})",
+    )
+    return path
+
+
+def same(one: Path, two: Path) -> bool:
+    return shell("cmp", one, two).returncode == 0
+
+
+def test_cp_is_byte_identical(place: Place, tmp_path: Path) -> None:
+    """A database copied in under a fresh name comes out as it was: here, on another mount, and after a restart."""
+    source = local_database(tmp_path / "file.db")
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        assert shell("cp", "-p", source, str(mount.directory) + "/").stderr == ""
+        for shown in (mount, other):
+            assert same(source, shown / "file.db")
+            assert sqlite(shown / "file.db", "PRAGMA integrity_check") == "ok"
+    with mounted(place, tmp_path) as mount:
+        assert same(source, mount / "file.db")
+
+
+def test_cp_over_a_database_replaces_it(place: Place, tmp_path: Path) -> None:
+    """All of it but the change counter, which goes on, so that readers notice; of a longer one nothing is left."""
+    old, new = local_database(tmp_path / "old.db", 3), local_database(tmp_path / "new.db", 1)
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other, Client(other / "a.db") as reader:
+        shell("cp", old, mount / "a.db", check=True)
+        assert reader("SELECT count(*) FROM t") == [[768]]
+        shell("cp", new, mount / "a.db", check=True)
+        assert reader("SELECT count(*) FROM t") == [[256]]
+        for shown in (mount, other):
+            assert sqlite(shown / "a.db", "PRAGMA integrity_check") == "ok"
+            differing = shell("cmp", "-l", new, shown / "a.db").stdout.splitlines()
+            assert all(int(line.split()[0]) - 1 in {*range(24, 28), *range(92, 96)} for line in differing)
+
+
+@pytest.mark.parametrize("first", ["create", "commit"])
+def test_cp_reports_failure_when_the_store_refuses(place: Place, tmp_path: Path, proxy: FaultProxy, first: str) -> None:
+    """`cp` exits non-zero whether the file could not be created or its content not be published; no half is visible."""
+    source = local_database(tmp_path / "file.db", 1)
+    with mounted(place.via(proxy.url), tmp_path) as mount, mounted(place, tmp_path) as other:
+        sqlite(mount / "warm-up.db", TWO_ROWS)
+        proxy.reset()
+        passed = 0 if first == "create" else 1
+
+        def refuse(request: Request) -> Fault | None:
+            if (request.method, request.kind) == ("PUT", "head") and head_puts(proxy) > passed:
+                return Fault(status=403, code="AccessDenied")
+            return None
+
+        proxy.rule = refuse
+        done = shell("cp", source, mount / "a.db")
+        assert done.returncode != 0
+        assert "a.db" in done.stderr
+        assert shell("cat", other / "a.db", text=False).stdout == b""
+        proxy.rule = None
+        assert shell("cp", source, mount / "a.db").returncode == 0
+        assert sqlite(other / "a.db", "SELECT count(*) FROM t") == "256"
+
+
+def test_unlink(place: Place, tmp_path: Path) -> None:
+    """A deleted database is gone here, elsewhere and for good; the name can be used again."""
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        for name in ("a.db", "b.db"):
+            sqlite(mount / name, TWO_ROWS)
+        assert shell("ls", other.directory).stdout.split() == ["a.db", "b.db"]
+        assert shell("rm", mount / "a.db").returncode == 0
+        for shown in (mount, other):
+            assert shell("ls", shown.directory).stdout.split() == ["b.db"]
+            assert "No such file" in shell("cat", shown / "a.db").stderr
+        assert shell("rm", mount / "a.db").returncode != 0
+        sqlite(other / "a.db", "CREATE TABLE fresh(x)")
+        assert sqlite(mount / "a.db", ".tables") == "fresh"
+
+
+def test_unlinked_while_open(place: Place, tmp_path: Path) -> None:
+    """Who has it open reads what he had, or gets an error, and cannot write; there and on the mount that deleted it."""
+    script = "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(os.pread(fd, 9, 0), flush=True)"
+    script += "; sys.stdin.readline(); print(os.pread(fd, 99, 0))"
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        sqlite(mount / "a.db", TWO_ROWS)
+        shell("sh", "-c", 'printf something > "$1"', "sh", mount / "f", check=True)
+        plain = subprocess.Popen(
+            ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert plain.stdout is not None
+            assert plain.stdout.readline() == "b'something'\n"
+            with Client(mount / "a.db") as here, Client(other / "a.db") as elsewhere:
+                assert here("SELECT sum(a) FROM t") == elsewhere("SELECT sum(a) FROM t") == [[3]]
+                assert shell("rm", mount / "a.db", mount / "f").returncode == 0
+                for client in (here, elsewhere):
+                    with pytest.raises(SqlError, match="disk I/O error"):
+                        client("INSERT INTO t VALUES (3)")
+            assert plain.communicate("\n", timeout=PATIENCE_S)[0] == "b'something'\n"
+        finally:
+            plain.kill()
+            plain.communicate()
+        assert shell("ls", mount.directory).stdout == shell("ls", other.directory).stdout == ""
+
+
+def test_side_files_never_go_to_s3(place: Place, tmp_path: Path) -> None:
+    """In mid-transaction, with spilled pages, the bucket holds nothing of it and the other mount shows nothing."""
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other, Client(mount / "a.db") as writer:
+        writer("CREATE TABLE t(a)", "PRAGMA cache_size=2", "BEGIN")
+        writer(f"INSERT INTO t SELECT randomblob(900) FROM ({numbers(300)})")
+        assert "a.db-journal" in shell("ls", mount.directory).stdout.split()
+        assert shell("ls", other.directory).stdout.split() == ["a.db"]
+        keys = place.listing()
+        assert [key for key in keys if "journal" in key or key.startswith("a.db/data/")] == []
+        assert sqlite(other / "a.db", "SELECT count(*) FROM t") == "0"
+        writer("COMMIT")
+        assert sqlite(other / "a.db", "SELECT count(*) FROM t") == "300"
+        assert [key for key in place.listing() if "journal" in key] == []
+
+
+def test_wal_is_refused_and_nothing_breaks(place: Place, tmp_path: Path) -> None:
+    """`journal_mode=WAL` is an error, never a quiet half: this and other connections go on in DELETE mode."""
+    with (
+        mounted(place, tmp_path) as mount,
+        mounted(place, tmp_path) as other,
+        Client(mount / "a.db") as one,
+        Client(mount / "a.db") as two,
+    ):
+        one(*TWO_ROWS.split(";"))
+        assert two("SELECT sum(a) FROM t") == [[3]]
+        with pytest.raises(SqlError, match="disk I/O error"):
+            one("PRAGMA journal_mode=WAL")
+        for client in (one, two):
+            client("INSERT INTO t VALUES (4)")
+            assert client("PRAGMA journal_mode") == [["delete"]]
+        for client in (one, two):
+            assert client("SELECT sum(a) FROM t") == [[11]]
+        assert (
+            sqlite(other / "a.db", "PRAGMA journal_mode; PRAGMA integrity_check; SELECT sum(a) FROM t")
+            == "delete\nok\n11"
+        )
+        assert "disk I/O error" in sqlite(mount / "fresh.db", "PRAGMA journal_mode=WAL", check=False)
+        assert sqlite(mount / "fresh.db", "CREATE TABLE t(a); INSERT INTO t VALUES (1); SELECT a FROM t") == "1"
+        assert not [name for name in shell("ls", mount.directory).stdout.split() if name.endswith(("-wal", "-shm"))]
+
+
+def test_a_wal_database_that_was_copied_in_opens_in_rollback_mode(place: Place, tmp_path: Path) -> None:
+    source = local_database(tmp_path / "wal.db", 1, "WAL")
+    assert sqlite(source, "PRAGMA journal_mode") == "wal"
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        assert shell("cp", source, mount / "a.db").returncode == 0
+        for left, shown in ((256, mount), (255, other)):
+            assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"delete\n{left}"
+            sqlite(shown / "a.db", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
+        assert sqlite(mount / "a.db", "SELECT count(*) FROM t; PRAGMA integrity_check") == "254\nok"
+
+
+def test_plain_files(place: Place, tmp_path: Path) -> None:
+    """What is no database is a file of bytes: written, appended to, cut, extended, overwritten in the middle."""
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+
+        def do(script: str) -> None:
+            done = shell("sh", "-ec", script, "sh", mount / "notes.txt")
+            assert (done.returncode, done.stderr) == (0, "")
+
+        def shows(content: bytes) -> None:
+            for shown in (mount, other):
+                assert shell("cat", shown / "notes.txt", text=False).stdout == content
+                assert int(shell("stat", "-c", "%s", shown / "notes.txt").stdout) == len(content)
+
+        do('echo hello > "$1"')
+        shows(b"hello\n")
+        do('echo more >> "$1"')
+        shows(b"hello\nmore\n")
+        do('truncate -s 8 "$1"')
+        shows(b"hello\nmo")
+        do('truncate -s 12 "$1"')
+        shows(b"hello\nmo\0\0\0\0")
+        do('printf XYZ | dd of="$1" bs=1 seek=2 conv=notrunc,fsync status=none')
+        shows(b"heXYZ\nmo\0\0\0\0")
+        do(': > "$1"')
+        shows(b"")
+
+
+def test_fsync_publishes_while_the_file_is_open(place: Place, tmp_path: Path) -> None:
+    """After fsync(2) returns another machine reads the bytes; before, it reads nothing of them."""
+    script = (
+        "import os, sys; fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(fd, b'first'); os.fsync(fd);"
+        "os.write(fd, b' second'); print('synced', flush=True); sys.stdin.readline(); os.close(fd)"
+    )
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        writer = subprocess.Popen(
+            ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "synced\n"
+            assert shell("cat", other / "f").stdout == "first"
+            assert shell("cat", mount / "f").stdout == "first second"
+            writer.communicate("\n", timeout=PATIENCE_S)
+        finally:
+            writer.kill()
+            writer.communicate()
+        assert shell("cat", other / "f").stdout == "first second"
+
+
+def test_sparse_files(place: Place, tmp_path: Path) -> None:
+    """A hole costs nothing and reads as zeros, however large."""
+    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+        shell("truncate", "-s", "5G", mount / "sparse", check=True)
+        shell(
+            "sh",
+            "-c",
+            'printf middle | dd of="$1" bs=1 seek=3000000000 conv=notrunc',
+            "sh",
+            mount / "sparse",
+            check=True,
+        )
+        for shown in (mount, other):
+            assert int(shell("stat", "-c", "%s", shown / "sparse").stdout) == 5 << 30
+            piece = shell("dd", f"if={shown / 'sparse'}", "bs=1000", "skip=2999999", "count=3", text=False).stdout
+            assert piece == bytes(1000) + b"middle" + bytes(1994)
+            assert shell("tail", "-c", "100", shown / "sparse", text=False).stdout == bytes(100)
+        assert sum(len(place.get(key)) for key in place.listing()) < 1 << 20
