@@ -1,0 +1,378 @@
+"""SQLite on a mount: every journal mode, transactions, locks, and what another machine (a second daemon) sees."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from mounting import PATIENCE_S, Client, Mount, Place, SqlError, fresh_name, mounted, numbers, shell, sqlite
+from proxy import Fault, FaultProxy, Request
+
+from s3blockfs.embedded import Endpoint
+
+pytestmark = pytest.mark.mount
+
+MODES = [
+    *((f"PRAGMA journal_mode=DELETE; PRAGMA synchronous={level}") for level in ("OFF", "NORMAL", "FULL", "EXTRA")),
+    *(f"PRAGMA journal_mode={mode}" for mode in ("TRUNCATE", "PERSIST", "MEMORY", "OFF")),
+    "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=DELETE",
+]
+
+
+@dataclass
+class Pair:
+    """Two machines on one prefix; what `here` asks of the store goes through the proxy."""
+
+    here: Mount
+    elsewhere: Mount
+    proxy: FaultProxy
+
+    @property
+    def commits(self) -> int:
+        """How often `here` wrote a head."""
+        return self.proxy.counts()["PUT", "head"]
+
+
+@pytest.fixture(scope="module")
+def mounts(seaweed_endpoint: Endpoint, mount_bucket: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    place, folder = mount_bucket.inside(fresh_name("sqlite")), tmp_path_factory.mktemp("pair")
+    with (
+        FaultProxy(seaweed_endpoint.url) as proxy,
+        mounted(place.via(proxy.url), folder) as here,
+        mounted(place, folder) as elsewhere,
+    ):
+        yield Pair(here, elsewhere, proxy)
+
+
+@pytest.fixture
+def pair(mounts: Pair) -> Iterator[Pair]:
+    """The two mounts, used by one test after the other, each with databases of its own."""
+    mounts.proxy.reset()
+    yield mounts
+    mounts.proxy.reset()
+
+
+@pytest.fixture
+def name() -> str:
+    return fresh_name()
+
+
+def statements(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";")]
+
+
+def same_everywhere(pair: Pair, name: str, *queries: str) -> str:
+    """Both mounts and a plain copy say the same, and the database is sound on each."""
+    queries = ("PRAGMA integrity_check", *queries)
+    said = {sqlite(mount / name, *queries) for mount in (pair.here, pair.elsewhere)}
+    assert len(said) == 1
+    sizes = {shell("stat", "-c", "%s", mount / name).stdout for mount in (pair.here, pair.elsewhere)}
+    assert len(sizes) == 1
+    assert shell("cmp", pair.here / name, pair.elsewhere / name).returncode == 0
+    first, _, rest = said.pop().partition("\n")
+    assert first == "ok"
+    return rest
+
+
+# --- commit and rollback ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_commit_is_seen_elsewhere_when_it_returns(pair: Pair, name: str, mode: str) -> None:
+    """In every journal mode the second mount sees each transaction as soon as COMMIT returned, and none before."""
+    with Client(pair.here / name) as writer:
+        writer("CREATE TABLE t(a)")
+        writer(*statements(mode))
+        with Client(pair.elsewhere / name) as reader:
+            for row in range(1, 5):
+                writer("BEGIN", f"INSERT INTO t VALUES ({row})", f"INSERT INTO t VALUES ({row})")
+                assert reader("SELECT count(*) FROM t") == [[2 * row - 2]]
+                writer("COMMIT")
+                assert reader("SELECT count(*), sum(a) FROM t") == [[2 * row, row * (row + 1)]]
+            writer(f"INSERT INTO t SELECT randomblob(2000) FROM ({numbers(500)})")
+            assert reader("SELECT count(*) FROM t") == [[508]]
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "508"
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.endswith("=OFF") or "synchronous" in mode])
+@pytest.mark.parametrize("cache", [1, 5, 2000])
+def test_rollback_publishes_nothing(pair: Pair, name: str, mode: str, cache: int) -> None:
+    """Also when pages had spilled into the file; the state before is there, here and elsewhere.
+
+    With a journal in SQLite's memory a spilled transaction that was rolled back is a commit that changes nothing.
+    """
+    with Client(pair.here / name) as writer:
+        writer("CREATE TABLE t(id INTEGER PRIMARY KEY, a)")
+        writer(f"INSERT INTO t SELECT i, randomblob(700) FROM ({numbers(400)})")
+        writer(*statements(mode), f"PRAGMA cache_size={cache}")
+        before = writer("SELECT total(length(a)), hex(max(a)) FROM t")
+        commits = pair.commits
+        writer("BEGIN", "UPDATE t SET a = randomblob(800)", "DELETE FROM t WHERE id % 3 = 0")
+        writer(f"INSERT INTO t(a) SELECT zeroblob(3000) FROM ({numbers(200)})", "ROLLBACK")
+        if "MEMORY" in mode and cache < 2000:  # no journal says that these pages are the old ones again
+            commits += 1
+        assert pair.commits == commits
+        assert writer("SELECT total(length(a)), hex(max(a)) FROM t") == before
+        if "EXCLUSIVE" not in mode:
+            with Client(pair.here / name) as other:
+                assert other("SELECT total(length(a)), hex(max(a)) FROM t") == before
+        writer("INSERT INTO t(a) VALUES ('after')")
+        assert pair.commits == commits + 1
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "401"
+
+
+def test_savepoints(pair: Pair, name: str) -> None:
+    """What was rolled back to a savepoint is not in the commit, what was released is."""
+    with Client(pair.here / name) as writer:
+        writer("CREATE TABLE t(a)", "PRAGMA cache_size=2", "BEGIN", "INSERT INTO t VALUES ('kept')")
+        writer("SAVEPOINT one", f"INSERT INTO t SELECT randomblob(900) FROM ({numbers(300)})", "ROLLBACK TO one")
+        writer("SAVEPOINT two", "INSERT INTO t VALUES ('too')", "RELEASE two", "COMMIT")
+    assert same_everywhere(pair, name, "SELECT a FROM t ORDER BY a") == "kept\ntoo"
+
+
+def test_attached_databases_commit_together(pair: Pair, name: str) -> None:
+    """A transaction over two databases is in both or in neither, in each journal mode that promises it."""
+    second = fresh_name()
+    with Client(pair.here / name) as writer:
+        writer(f"ATTACH '{pair.here / second}' AS b", "CREATE TABLE main.t(a)", "CREATE TABLE b.t(a)")
+        for row, mode in enumerate(("DELETE", "TRUNCATE", "PERSIST"), 1):
+            writer(f"PRAGMA main.journal_mode={mode}", f"PRAGMA b.journal_mode={mode}")
+            both = [f"INSERT INTO main.t VALUES ({row})", f"INSERT INTO b.t VALUES ({row})"]
+            writer("BEGIN", *both, "ROLLBACK")
+            writer("BEGIN", *both, "COMMIT")
+            for each in (name, second):
+                assert sqlite(pair.elsewhere / each, "SELECT count(*), max(a) FROM t") == f"{row}|{row}"
+    for each in (name, second):
+        same_everywhere(pair, each)
+    assert not [left for left in shell("ls", pair.here.directory).stdout.split() if left.startswith(f"{name}-mj")]
+
+
+def test_attached_databases_when_one_commit_fails(pair: Pair, name: str) -> None:
+    """The store refuses the second database: COMMIT is an error and the first has nothing of the transaction either."""
+    second = "z" + name
+    with Client(pair.here / name) as writer:
+        writer(f"ATTACH '{pair.here / second}' AS b", "CREATE TABLE main.t(a)", "CREATE TABLE b.t(a)")
+        writer("BEGIN", "INSERT INTO main.t VALUES (1)", "INSERT INTO b.t VALUES (1)")
+
+        def refuse(request: Request) -> Fault | None:
+            refused = (request.method, request.kind) == ("PUT", "head") and second in request.path
+            return Fault(status=403, code="AccessDenied") if refused else None
+
+        pair.proxy.rule = refuse
+        with pytest.raises(SqlError, match="I/O"):
+            writer("COMMIT")
+        pair.proxy.rule = None
+    for each in (name, second):
+        assert sqlite(pair.here / each, "SELECT count(*) FROM t") == "0"
+        assert same_everywhere(pair, each, "SELECT count(*) FROM t") == "0"
+
+
+# --- changes of size ---------------------------------------------------------------------------------------
+
+
+def filled(pair: Pair, name: str, *pragmas: str, rows: int = 1500) -> int:
+    """A database of `rows` KiB, two thirds of it deleted again; its size."""
+    sqlite(pair.here / name, *pragmas, "CREATE TABLE t(id INTEGER PRIMARY KEY, a)")
+    sqlite(pair.here / name, f"INSERT INTO t SELECT i, randomblob(1000) FROM ({numbers(rows)})")
+    size = int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout)
+    assert size > rows * 1000
+    return size
+
+
+@pytest.mark.parametrize(
+    "shrink",
+    [
+        "DELETE FROM t WHERE id % 3; VACUUM",
+        "DELETE FROM t WHERE id % 3; PRAGMA page_size=1024; VACUUM",
+        "DELETE FROM t WHERE id % 3; PRAGMA page_size=65536; VACUUM",
+        "DELETE FROM t; VACUUM",
+    ],
+)
+def test_vacuum(pair: Pair, name: str, shrink: str) -> None:
+    """Shorter, with another page size or not: both mounts agree in size, bytes and rows; an open reader follows."""
+    before = filled(pair, name)
+    with Client(pair.elsewhere / name) as reader:
+        assert reader("SELECT count(*) FROM t") == [[1500]]
+        sqlite(pair.here / name, shrink)
+        rows = 500 if "%" in shrink else 0
+        assert reader("SELECT count(*) FROM t") == [[rows]]
+        assert int(same_everywhere(pair, name, "SELECT count(*) FROM t")) == rows
+        assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) < before / 2
+        sqlite(pair.elsewhere / name, "INSERT INTO t VALUES (5000, 'again')")
+        assert int(same_everywhere(pair, name, "SELECT count(*) FROM t")) == rows + 1
+
+
+def test_auto_vacuum(pair: Pair, name: str) -> None:
+    """The file is cut after the commit: what was published has the new size already, and a rollback the old one."""
+    before = filled(pair, name, "PRAGMA auto_vacuum=FULL")
+    sqlite(pair.here / name, "BEGIN; DELETE FROM t WHERE id > 300; ROLLBACK")
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "1500"
+    sqlite(pair.here / name, "DELETE FROM t WHERE id > 300")
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "300"
+    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) < before / 2
+
+
+def test_incremental_vacuum(pair: Pair, name: str) -> None:
+    before = filled(pair, name, "PRAGMA auto_vacuum=INCREMENTAL")
+    sqlite(pair.here / name, "DELETE FROM t WHERE id > 300")
+    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) == before
+    sqlite(pair.here / name, "PRAGMA incremental_vacuum(100)")
+    same_everywhere(pair, name)
+    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) == before - 100 * 4096
+    sqlite(pair.here / name, "PRAGMA incremental_vacuum")
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "300"
+
+
+# --- locks and crashes of clients -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST", "MEMORY", "OFF"])
+def test_a_killed_client_leaves_nothing(pair: Pair, name: str, mode: str) -> None:
+    """SIGKILL in mid-transaction with spilled pages: the next user sees the committed state, nothing is published."""
+    with Client(pair.here / name) as writer:
+        writer("CREATE TABLE t(id INTEGER PRIMARY KEY, a)", f"PRAGMA journal_mode={mode}", "PRAGMA cache_size=2")
+        writer(f"INSERT INTO t SELECT i, randomblob(700) FROM ({numbers(300)})")
+        before = writer("SELECT hex(max(a)) FROM t")
+        commits = pair.commits
+        writer("BEGIN", "UPDATE t SET a = randomblob(700)", "DELETE FROM t WHERE id > 100")
+        writer.kill()
+    with Client(pair.here / name) as reader:
+        assert reader("SELECT count(*), hex(max(a)) FROM t") == [[300, *before[0]]]
+        assert reader("PRAGMA integrity_check") == [["ok"]]
+        assert pair.commits == commits
+        reader("INSERT INTO t(a) VALUES (1)")
+        assert pair.commits == commits + 1
+    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "301"
+
+
+def test_locks_between_processes(pair: Pair, name: str) -> None:
+    """BUSY while another process writes, readers go on until it commits; a waiting one gets its turn."""
+    with Client(pair.here / name) as one, Client(pair.here / name) as two:
+        one("CREATE TABLE t(a)", "BEGIN IMMEDIATE", "INSERT INTO t VALUES (1)")
+        with pytest.raises(SqlError, match="locked"):
+            two("BEGIN IMMEDIATE")
+        assert two("SELECT count(*) FROM t") == [[0]]
+        two("PRAGMA busy_timeout=60000")
+        two.send("INSERT INTO t VALUES (2)")
+        one("COMMIT")
+        two.receive()
+        one("BEGIN", "SELECT * FROM t")
+        two("PRAGMA busy_timeout=0")
+        with pytest.raises(SqlError, match="locked"):
+            two("INSERT INTO t VALUES (3)")
+        one("COMMIT")
+        two("INSERT INTO t VALUES (3)")
+    assert same_everywhere(pair, name, "SELECT group_concat(a) FROM t") == "1,2,3"
+
+
+def test_many_writers_on_one_mount(pair: Pair, name: str) -> None:
+    """Four processes count up one number with busy_timeout: no update is lost and none fails."""
+    sqlite(pair.here / name, "CREATE TABLE t(n); INSERT INTO t VALUES (0)")
+    turns = "UPDATE t SET n = n + 1;" * 10
+    line = ["sqlite3", "-batch", "-bail", pair.here / name, ".timeout 60000", turns]
+    writers = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        assert [writer.communicate(timeout=PATIENCE_S)[1] for writer in writers] == [""] * 4
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert same_everywhere(pair, name, "SELECT n FROM t") == "40"
+
+
+# --- two machines ----------------------------------------------------------------------------------------------
+
+
+def test_two_mounts_write_in_turns(pair: Pair, name: str) -> None:
+    """Connections stay open on both; each sees all of the other's commits and none is lost."""
+    with Client(pair.here / name) as one, Client(pair.elsewhere / name) as two:
+        one("CREATE TABLE t(a)")
+        for turn in range(12):
+            writer, reader = (one, two) if turn % 2 else (two, one)
+            if turn % 3 == 0:
+                writer("BEGIN IMMEDIATE", f"INSERT INTO t VALUES ({turn})", "COMMIT")
+            else:
+                writer(f"INSERT INTO t VALUES ({turn})")
+            assert reader("SELECT count(*), max(a) FROM t") == [[turn + 1, turn]]
+    assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == str(sum(range(12)))
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST", "MEMORY"])
+def test_of_two_concurrent_commits_one_is_lost_with_an_error(pair: Pair, name: str, mode: str) -> None:
+    """The second to commit gets an error at COMMIT; nothing of it is anywhere; its connection can go on."""
+    with Client(pair.here / name) as one, Client(pair.elsewhere / name) as two:
+        one("CREATE TABLE t(a, b)", f"INSERT INTO t SELECT i, 0 FROM ({numbers(500)})")
+        for client, mark in ((one, 1), (two, 2)):
+            client(f"PRAGMA journal_mode={mode}", "PRAGMA cache_size=3")
+            client("BEGIN IMMEDIATE", f"UPDATE t SET b = {mark}")
+        one("COMMIT")
+        with pytest.raises(SqlError):
+            two("COMMIT")
+        try:
+            two("ROLLBACK")
+        except SqlError as error:
+            assert "no transaction is active" in str(error)
+        for client in (one, two):
+            assert client("SELECT min(b), max(b) FROM t") == [[1, 1]]
+        two("UPDATE t SET b = 3")
+        assert one("SELECT min(b), max(b) FROM t") == [[3, 3]]
+    assert same_everywhere(pair, name, "SELECT DISTINCT b FROM t") == "3"
+
+
+def test_a_long_open_reader_sees_each_commit_whole(pair: Pair, name: str) -> None:
+    """All rows of a table carry one number at every commit; a reader with a warm cache never sees two."""
+    sqlite(pair.here / name, f"CREATE TABLE t AS SELECT 0 AS n, zeroblob(500) AS filler FROM ({numbers(400)})")
+    turns = 25
+    finished = threading.Event()
+    with Client(pair.elsewhere / name) as reader, Client(pair.here / name) as writer:
+
+        def write() -> None:
+            for turn in range(1, turns + 1):
+                writer(f"UPDATE t SET n = {turn}")
+            finished.set()
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        seen = []
+        try:
+            while not finished.is_set():
+                rows = reader("SELECT DISTINCT n FROM t")
+                assert len(rows) == 1
+                seen.append(rows[0][0])
+        finally:
+            thread.join()
+        assert seen == sorted(seen)
+        assert len(set(seen)) > 2
+        assert reader("SELECT DISTINCT n FROM t") == [[turns]]
+
+
+def test_a_transaction_of_a_reader_stays_on_its_state(pair: Pair, name: str) -> None:
+    """A commit elsewhere does not move a snapshot under an open read transaction; the next one sees it."""
+    with Client(pair.here / name) as writer, Client(pair.elsewhere / name) as reader:
+        writer("CREATE TABLE t(a)", f"INSERT INTO t SELECT randomblob(900) FROM ({numbers(300)})")
+        reader("BEGIN", "SELECT count(*) FROM (SELECT 1 FROM t LIMIT 1)")
+        writer("DELETE FROM t WHERE rowid > 7")
+        assert reader("SELECT count(*) FROM t") == [[300]]
+        with pytest.raises(SqlError, match="locked"):
+            reader("INSERT INTO t VALUES (1)")
+        reader("ROLLBACK")
+        assert reader("SELECT count(*) FROM t") == [[7]]
+
+
+def test_a_stopped_client_does_not_hold_up_other_databases(pair: Pair, name: str) -> None:
+    """A process that was stopped in mid-transaction keeps its lock; everything else on the mount goes on."""
+    with Client(pair.here / name) as stopped:
+        stopped("CREATE TABLE t(a)", "BEGIN IMMEDIATE", "INSERT INTO t VALUES (1)")
+        stopped.process.send_signal(signal.SIGSTOP)
+        try:
+            assert sqlite(pair.here / name, "SELECT count(*) FROM t") == "0"
+            assert "locked" in sqlite(pair.here / name, "INSERT INTO t VALUES (2)", check=False)
+            assert sqlite(pair.here / fresh_name(), "CREATE TABLE t(a); SELECT count(*) FROM t") == "0"
+        finally:
+            stopped.process.send_signal(signal.SIGCONT)
+        stopped("COMMIT")
+    assert same_everywhere(pair, name, "SELECT a FROM t") == "1"
