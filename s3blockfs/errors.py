@@ -75,7 +75,7 @@ class StoreUnavailable(StoreError):
 class RequestInDoubt(StoreError):
     """A conditional PUT whose outcome is unknown (409, 5xx, time-out, connection cut): it may still be applied.
 
-    Only `head.py` may catch this, because only there is it settled.
+    Only who settles it may catch this: `head.py` for commits, `capabilities.py` for its own probe.
     """
 
 

@@ -1,4 +1,4 @@
-"""Tell systemd (Type=notify) how far we are, over the datagram socket that $NOTIFY_SOCKET names; see sd_notify(3).
+"""Tell systemd (Type=notify) that we are ready, over the datagram socket that $NOTIFY_SOCKET names; see sd_notify(3).
 
 Without that variable nothing happens, so callers need not know who started them. Threads: any.
 """
@@ -11,34 +11,20 @@ import socket
 from s3blockfs.errors import EnvironmentProblem
 
 
-def ready(status: str = "") -> None:
-    """The mount can be used; `status` is what `systemctl status` shows."""
-    _send("READY=1", status)
+def ready(status: str) -> None:
+    """The mount can be used; `status` is what `systemctl status` shows.
 
-
-def stopping(status: str = "") -> None:
-    """The unmount has begun."""
-    _send("STOPPING=1", status)
-
-
-def status(text: str) -> None:
-    """Show `text` in `systemctl status`."""
-    _send("", text)
-
-
-def _send(state: str, text: str) -> None:
-    """Raises EnvironmentProblem when the socket is named but nobody takes the message."""
+    Raises EnvironmentProblem when the socket is named but nobody takes the message.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    lines = [state] if state else []
-    if text:
-        lines.append("STATUS=" + text.replace("\n", " "))
     # "@" stands for the NUL byte of Linux's abstract namespace, which an environment variable cannot hold.
     target = "\0" + address[1:] if address.startswith("@") else address
+    message = "READY=1\nSTATUS=" + status.replace("\n", " ")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.connect(target)
-            channel.sendall("\n".join(lines).encode())
+            channel.sendall(message.encode())
     except OSError as error:
         raise EnvironmentProblem(f"$NOTIFY_SOCKET {address}: {error.strerror or error}; unset it, or fix it") from error

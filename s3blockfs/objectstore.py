@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed
@@ -41,36 +42,26 @@ class Listed:
 
 
 class ObjectStore(Protocol):
-    """Keys are whole keys inside one bucket. `site` labels the call for logs, metrics and fault injection.
+    """Keys are whole keys inside one bucket. `site` labels the call for logs and fault injection.
 
-    `timeout_s` bounds the whole call, retries included; None means the store's default (the request deadline).
+    A call lasts no longer than the store's request deadline, retries included.
     Errors common to all: AccessDenied, BucketNotFound, StoreRefused, StoreUnavailable.
     """
 
     @property
     def name(self) -> str:
         """For messages, such as `s3://bucket`."""
-        ...
 
     def get(
-        self,
-        key: str,
-        *,
-        site: str,
-        start: int = 0,
-        length: int | None = None,
-        if_match: str | None = None,
-        timeout_s: float | None = None,
+        self, key: str, *, site: str, start: int = 0, length: int | None = None, if_match: str | None = None
     ) -> StoredObject:
         """The object, or `length` bytes of it from byte `start` (fewer when it ends earlier; none past its end).
 
         Raises ObjectNotFound; PreconditionFailed when its ETag is not `if_match`.
         """
-        ...
 
-    def get_if_changed(self, key: str, *, site: str, etag: str, timeout_s: float | None = None) -> StoredObject | None:
+    def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         """None when the object still has this ETag (304). Raises ObjectNotFound."""
-        ...
 
     def put(
         self,
@@ -82,73 +73,45 @@ class ObjectStore(Protocol):
         if_absent: bool = False,
         timeout_s: float | None = None,
     ) -> str:
-        """Store `body`, verified by the store (Content-MD5), and return its ETag.
+        """Store `body`, verified by the store (Content-MD5), and return its ETag. `timeout_s` replaces the deadline.
 
         Without a condition: idempotent by the caller's promise that the key is used once, so it is retried.
-        With `if_match` or `if_absent`: sent exactly once. Raises PreconditionFailed; ObjectNotFound when `if_match` was
-        given and there is no object; RequestInDoubt when it may or may not apply; anything else: it was not applied.
+        With `if_match` or `if_absent`: sent exactly once. Raises PreconditionFailed; when there is no object that could
+        match, ObjectNotFound (S3) or PreconditionFailed (SeaweedFS); RequestInDoubt when it may or may not apply;
+        anything else: it was not applied.
         """
-        ...
 
-    def delete(self, keys: Sequence[str], *, site: str, timeout_s: float | None = None) -> None:
+    def delete(self, keys: Sequence[str], *, site: str) -> None:
         """Delete these keys; a missing one is no error. Any number of keys."""
-        ...
 
-    def list(
-        self,
-        prefix: str,
-        *,
-        site: str,
-        delimiter: str = "",
-        max_keys: int | None = None,
-        timeout_s: float | None = None,
-    ) -> Iterator[Listed]:
+    def list(self, prefix: str, *, site: str, delimiter: str = "", max_keys: int | None = None) -> Iterator[Listed]:
         """Every key that starts with `prefix`; with a delimiter, those with another one behind the prefix rolled up.
 
-        No order is promised. At most `max_keys` entries. `timeout_s` bounds each page.
+        No order is promised. At most `max_keys` entries. The deadline is that of each page.
         """
-        ...
 
     def server_time_s(self) -> float:
         """The store's clock, from the Date of its last answer plus the time since; 0.0 before the first answer."""
-        ...
 
 
 class MemoryStore:
     """An `ObjectStore` in a dict, with the conditional semantics of S3: ETags are content hashes (MD5), as there."""
 
     def __init__(self, runtime: Runtime, name: str = "memory://store") -> None:
+        self.name = name
         self._runtime = runtime
-        self._name = name
         self._lock = threading.Lock()
         self._objects: dict[str, StoredObject] = {}
 
-    @property
-    def name(self) -> str:
-        return self._name
-
     def get(
-        self,
-        key: str,
-        *,
-        site: str,
-        start: int = 0,
-        length: int | None = None,
-        if_match: str | None = None,
-        timeout_s: float | None = None,
+        self, key: str, *, site: str, start: int = 0, length: int | None = None, if_match: str | None = None
     ) -> StoredObject:
         with self._lock:
-            found = self._objects.get(key)
-        if found is None:
-            raise ObjectNotFound(f"{self._name}/{key}: no such object")
-        if if_match is not None and found.etag != if_match:
-            raise PreconditionFailed(f"{self._name}/{key}: changed")
-        if start == 0 and length is None:
-            return found
+            found = self._existing(key, if_match)
         end = None if length is None else start + length
-        return StoredObject(found.body[start:end], found.etag, found.modified_s)
+        return replace(found, body=found.body[start:end])
 
-    def get_if_changed(self, key: str, *, site: str, etag: str, timeout_s: float | None = None) -> StoredObject | None:
+    def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         found = self.get(key, site=site)
         return None if found.etag == etag else found
 
@@ -164,42 +127,37 @@ class MemoryStore:
     ) -> str:
         etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
         with self._lock:
-            found = self._objects.get(key)
-            if if_absent and found is not None:
-                raise PreconditionFailed(f"{self._name}/{key}: exists")
+            if if_absent and key in self._objects:
+                raise PreconditionFailed(f"{self.name}/{key}: exists")
             if if_match is not None:
-                if found is None:
-                    raise ObjectNotFound(f"{self._name}/{key}: no such object")
-                if found.etag != if_match:
-                    raise PreconditionFailed(f"{self._name}/{key}: changed")
+                self._existing(key, if_match)
             self._objects[key] = StoredObject(bytes(body), etag, self.server_time_s())
         return etag
 
-    def delete(self, keys: Sequence[str], *, site: str, timeout_s: float | None = None) -> None:
+    def _existing(self, key: str, if_match: str | None) -> StoredObject:
+        found = self._objects.get(key)
+        if found is None:
+            raise ObjectNotFound(f"{self.name}/{key}: no such object")
+        if if_match not in (None, found.etag):
+            raise PreconditionFailed(f"{self.name}/{key}: changed")
+        return found
+
+    def delete(self, keys: Sequence[str], *, site: str) -> None:
         with self._lock:
             for key in keys:
                 self._objects.pop(key, None)
 
-    def list(
-        self,
-        prefix: str,
-        *,
-        site: str,
-        delimiter: str = "",
-        max_keys: int | None = None,
-        timeout_s: float | None = None,
-    ) -> Iterator[Listed]:
+    def list(self, prefix: str, *, site: str, delimiter: str = "", max_keys: int | None = None) -> Iterator[Listed]:
         with self._lock:
-            matching = [(k, o) for k, o in self._objects.items() if k.startswith(prefix)]
+            matching = [(key, found) for key, found in self._objects.items() if key.startswith(prefix)]
         entries: dict[str, Listed] = {}
         for key, found in matching:
-            cut = key.find(delimiter, len(prefix)) if delimiter else -1
-            if cut >= 0:
-                rolled = key[: cut + len(delimiter)]
-                entries[rolled] = Listed(rolled, is_prefix=True)
+            head, cut, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
+            if cut:
+                entries[prefix + head + cut] = Listed(prefix + head + cut, is_prefix=True)
             else:
                 entries[key] = Listed(key, False, len(found.body), found.etag, found.modified_s)
-        yield from list(entries.values())[:max_keys]
+        return islice(entries.values(), max_keys)
 
     def server_time_s(self) -> float:
         return self._runtime.monotonic()

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -47,13 +48,14 @@ from s3blockfs.errors import (
 )
 from s3blockfs.objectstore import Listed, StoredObject
 from s3blockfs.runtime import Runtime
-from s3blockfs.telemetry import STORE_LOGGER, Counters
+from s3blockfs.telemetry import STORE_LOGGER
 
 T = TypeVar("T")
 log = logging.getLogger(STORE_LOGGER)
 
 #: For each address that the endpoint's name resolves to; also bounds the sending of one piece (see `_Upload`).
 CONNECT_TIMEOUT_S = 3.0
+MAX_CONNECTIONS = 64
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 BATCH = 1000  # the most that DeleteObjects takes and ListObjectsV2 gives
@@ -61,15 +63,12 @@ PIECE = 256 * 1024  # how much of a body is received or sent between two looks a
 
 #: Everything that an attempt may end in. ValueError: the SDK met an answer (a date, a length) that it cannot parse.
 _FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, HTTPError, ValueError)
-#: Raised before anything was sent; see `_outcome`.
+#: Raised by urllib3's `_new_conn` alone, that is before anything was sent. A pooled connection that the server had
+#: closed fails later, as ConnectionClosedError: that request may have arrived, so it is in doubt.
 _NOT_SENT = (sdk.EndpointConnectionError, sdk.ConnectTimeoutError)
 _NO_CREDENTIALS = (
-    sdk.NoCredentialsError,
-    sdk.PartialCredentialsError,
-    sdk.CredentialRetrievalError,
-    sdk.NoAuthTokenError,
-    sdk.TokenRetrievalError,
-    sdk.SSOError,
+    *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError),
+    *(sdk.NoAuthTokenError, sdk.TokenRetrievalError, sdk.SSOError, sdk.LoginError),
 )
 _BAD_TOKEN = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}  # S3 sends them as 400
 #: 4xx that say "not now": 400 RequestTimeout is S3's word for a body that came too slowly.
@@ -93,8 +92,7 @@ class S3Store:
     """One bucket.
 
     Credentials, region, endpoint and profile come from boto3's ordinary chain (environment, files, roles) unless given.
-    `request_deadline_s` bounds a call, its retries included, unless the call brings its own. `counters` count every
-    attempt. `client` replaces the boto3 client that is otherwise built here (50-100 ms). Raises UsageError when the
+    `request_deadline_s` bounds a call, its retries included, unless the call brings its own. Raises UsageError when the
     settings fit together in no way.
     """
 
@@ -109,51 +107,41 @@ class S3Store:
         access_key: str | None = None,
         secret_key: str | None = None,
         request_deadline_s: float = 10.0,
-        max_connections: int = 64,
-        counters: Counters | None = None,
-        client: Any = None,
     ) -> None:
         self.bucket = bucket
+        self.name = f"s3://{bucket}"
         self._runtime = runtime
         self._deadline_s = request_deadline_s
-        self._counters = counters or Counters()
-        self._local = threading.local()
+        self._attempt = threading.local()
         self._date: tuple[float, float] | None = None
         """The store's clock and ours at its last answer; one tuple, so that threads replace both at once."""
-        if client is None:
-            config = SdkConfig(
-                max_pool_connections=max_connections,
-                tcp_keepalive=True,
-                parameter_validation=False,
-                user_agent=f"s3blockfs/{__version__}",
-                connect_timeout=CONNECT_TIMEOUT_S,
-                read_timeout=request_deadline_s,
-                retries={"mode": "standard", "total_max_attempts": 1},
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                # No addressing style: botocore then uses path style with any endpoint URL, however it was set, and
-                # virtual hosts on AWS.
-                s3={"payload_signing_enabled": False},
-                # A system-wide HTTP proxy cannot reach a server on this machine's loopback.
-                proxies={} if urlsplit(endpoint_url or "").hostname in ("127.0.0.1", "localhost", "::1") else None,
-            )
-            try:
-                if (access_key is None) != (secret_key is None):
-                    raise sdk.PartialCredentialsError(provider="arguments", cred_var="access_key, secret_key")
-                session = boto3.Session(access_key, secret_key, region_name=region, profile_name=profile)
-                client = session.client("s3", endpoint_url=endpoint_url, config=config)
-            except (sdk.BotoCoreError, ValueError) as error:
-                text = f"{self.name}: cannot set up S3 ({_reason(error)}); check endpoint URL, region, profile and keys"
-                raise UsageError(text) from error
+        config = SdkConfig(
+            max_pool_connections=MAX_CONNECTIONS,
+            tcp_keepalive=True,
+            parameter_validation=False,
+            user_agent=f"s3blockfs/{__version__}",
+            connect_timeout=CONNECT_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            # No addressing style: botocore then uses path style with any endpoint URL, and virtual hosts on AWS.
+            s3={"payload_signing_enabled": False},
+            # A system-wide HTTP proxy cannot reach a server on this machine's loopback.
+            proxies={} if urlsplit(endpoint_url or "").hostname in ("127.0.0.1", "localhost", "::1") else None,
+        )
+        try:
+            session: Any = boto3.Session(region_name=region, profile_name=profile)
+            keys = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
+            self._client = session.client("s3", endpoint_url=endpoint_url, config=config, **keys)
+        except (sdk.BotoCoreError, ValueError) as error:
+            text = f"{self.name}: cannot set up S3 ({_reason(error)}); check endpoint URL, region, profile and keys"
+            raise UsageError(text) from error
+        events = self._client.meta.events
         # Each PUT would otherwise wait one round trip for "100 Continue". Undocumented: tests/test_s3store.py looks at
         # the wire, so an SDK that renames it costs a failed test and a round trip, never a failed request.
-        client.meta.events.unregister("before-call.s3", getattr(handlers, "add_expect_header", None))
-        client.meta.events.register("before-call.s3", self._set_read_timeout)
-        self._client = client
-
-    @property
-    def name(self) -> str:
-        return f"s3://{self.bucket}"
+        events.unregister("before-call.s3", getattr(handlers, "add_expect_header", None))
+        events.register("before-call.s3", self._set_read_timeout)
+        events.register("response-received.s3", self._note_date)
 
     def close(self) -> None:
         """Close the pooled connections. The store can still be used afterwards and would open new ones."""
@@ -162,20 +150,12 @@ class S3Store:
     # --- the protocol ---------------------------------------------------------------------------------
 
     def get(
-        self,
-        key: str,
-        *,
-        site: str,
-        start: int = 0,
-        length: int | None = None,
-        if_match: str | None = None,
-        timeout_s: float | None = None,
+        self, key: str, *, site: str, start: int = 0, length: int | None = None, if_match: str | None = None
     ) -> StoredObject:
         condition = {} if if_match is None else {"IfMatch": if_match}
-        ranged = start > 0 or length is not None
         # At least one byte: "bytes=5-4" is no range, and servers then send the whole object.
         end = "" if length is None else start + max(length, 1) - 1
-        where = {"Range": f"bytes={start}-{end}"} if ranged else {}
+        where = {"Range": f"bytes={start}-{end}"} if start or length is not None else {}
 
         def attempt(deadline: float) -> StoredObject:
             try:
@@ -183,20 +163,17 @@ class S3Store:
             except sdk.ClientError as error:
                 if _answer(error)[0] != 416:
                     raise
-                # The range begins at the end or past it; every range of an empty object does. The answer has no ETag,
+                # The range begins at the end or past it; every range of an empty object does. That answer has no ETag,
                 # and not every store looks at If-Match first.
-                answer = self._ask("head_object", Key=key, **condition)
-                if answer["ContentLength"] > start:
-                    raise ValueError("the object grew between two requests") from error
-                return _stored(answer, b"")
+                answer = self._ask("get_object", Key=key, **condition)
             body = self._receive(answer, deadline)
-            if ranged and answer["ResponseMetadata"]["HTTPStatusCode"] == 200:
-                body = body[start:]  # a store that ignores ranges
+            if answer["ResponseMetadata"]["HTTPStatusCode"] == 200:  # not 206: the whole object
+                body = body[start:]
             return _stored(answer, body if length is None else body[:length])
 
-        return self._run(attempt, [key], site, timeout_s)
+        return self._run(attempt, key, site)
 
-    def get_if_changed(self, key: str, *, site: str, etag: str, timeout_s: float | None = None) -> StoredObject | None:
+    def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         def attempt(deadline: float) -> StoredObject | None:
             try:
                 answer = self._ask("get_object", Key=key, IfNoneMatch=etag)
@@ -206,7 +183,7 @@ class S3Store:
                 raise
             return _stored(answer, self._receive(answer, deadline))
 
-        return self._run(attempt, [key], site, timeout_s)
+        return self._run(attempt, key, site)
 
     def put(
         self,
@@ -230,45 +207,40 @@ class S3Store:
                 raise ValueError("an answer to PUT without an ETag")
             return etag
 
-        return self._run(attempt, [key], site, timeout_s, once=bool(condition))
+        return self._run(attempt, key, site, timeout_s, once=bool(condition))
 
-    def delete(self, keys: Sequence[str], *, site: str, timeout_s: float | None = None) -> None:
+    def delete(self, keys: Sequence[str], *, site: str) -> None:
         for first in range(0, len(keys), BATCH):
-            batch = list(keys[first : first + BATCH])
+            batch = keys[first : first + BATCH]
+            objects = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
             try:
-                self._run(lambda _: self._delete_batch(batch), batch, site, timeout_s)  # noqa: B023 - called at once
-            except StoreRefused:  # of the method as a whole, or of one key, and then the error below names that key
-                for key in batch:
-                    with suppress(ObjectNotFound):  # S3 says 204, some stores 404
-                        self._run(lambda _: self._ask("delete_object", Key=key), [key], site, timeout_s)  # noqa: B023
+                answer = self._call(batch[0], site, "delete_objects", Delete=objects)
+                left = [entry["Key"] for entry in answer.get("Errors", [])]
+            except StoreRefused:  # not every store has this request
+                left = list(batch)
+            for key in left:  # alone: what fails now names its key
+                with suppress(ObjectNotFound):  # S3 says 204, some stores 404
+                    self._call(key, site, "delete_object", Key=key)
 
-    def list(
-        self,
-        prefix: str,
-        *,
-        site: str,
-        delimiter: str = "",
-        max_keys: int | None = None,
-        timeout_s: float | None = None,
-    ) -> Iterator[Listed]:
-        page: dict[str, Any] = {"Prefix": prefix, "Delimiter": delimiter} if delimiter else {"Prefix": prefix}
-        left = max_keys
-        while left is None or left > 0:
-            page["MaxKeys"] = BATCH if left is None else min(BATCH, left)
-            answer = self._run(lambda _: self._ask("list_objects_v2", **page), [prefix], site, timeout_s)
-            found = [
-                Listed(entry["Key"], False, entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
-                for entry in answer.get("Contents", [])
-            ] + [Listed(entry["Prefix"], True) for entry in answer.get("CommonPrefixes", [])]
-            yield from found[:left]
-            left = None if left is None else left - len(found)
-            token = answer.get("NextContinuationToken")
+    def list(self, prefix: str, *, site: str, delimiter: str = "", max_keys: int | None = None) -> Iterator[Listed]:
+        page: dict[str, Any] = {"Prefix": prefix, "MaxKeys": min(BATCH, max_keys or BATCH)}
+        if delimiter:
+            page["Delimiter"] = delimiter
+        return islice(self._entries(page, site), max_keys)
+
+    def _entries(self, page: dict[str, Any], site: str) -> Iterator[Listed]:
+        while True:
+            answer = self._call(page["Prefix"], site, "list_objects_v2", **page)
+            for entry in answer.get("Contents", []):
+                yield Listed(entry["Key"], False, entry["Size"], entry["ETag"], entry["LastModified"].timestamp())
+            for entry in answer.get("CommonPrefixes", []):
+                yield Listed(entry["Prefix"], True)
             if not answer.get("IsTruncated"):
                 return
+            token = answer.get("NextContinuationToken")
             if not token or token == page.get("ContinuationToken"):  # it would go on for ever
-                raise StoreRefused(
-                    f"{self.name}/{prefix}: a LIST that does not advance; report it to the store's makers"
-                )
+                text = "a LIST that does not advance; report it to the store's makers"
+                raise StoreRefused(f"{self.name}/{page['Prefix']}: {text}")
             page["ContinuationToken"] = token
 
     def server_time_s(self) -> float:
@@ -282,17 +254,12 @@ class S3Store:
 
         Raises BucketNotFound, AccessDenied, StoreRefused, StoreUnavailable. By LIST: HeadBucket's errors have no text.
         """
-        self._run(lambda _: self._ask("list_objects_v2", Prefix=prefix, MaxKeys=1), [prefix], "check_bucket")
+        self._call(prefix, "check_bucket", "list_objects_v2", Prefix=prefix, MaxKeys=1)
 
     def create_bucket(self) -> None:
-        """Create the bucket in the client's region; no error when it exists and is ours."""
-        region = self._client.meta.region_name
-        where = {}
-        if region not in (None, "us-east-1", "aws-global"):  # S3 refuses its own default as a constraint
-            where = {"CreateBucketConfiguration": {"LocationConstraint": region}}
-
+        """Create the bucket on a server of our own, which knows no regions; no error when it exists and is ours."""
         try:
-            self._run(lambda _: self._ask("create_bucket", **where), [""], "create_bucket")
+            self._call("", "create_bucket", "create_bucket")
         except StoreRefused as refused:
             if "BucketAlreadyOwnedByYou" not in str(refused):
                 raise
@@ -306,7 +273,7 @@ class S3Store:
 
         def setting(operation: str) -> Any:
             try:
-                return self._run(lambda _: self._ask(operation), [""], operation)
+                return self._call("", operation, operation)
             except (StoreRefused, ObjectNotFound):  # unset, or not implemented
                 return {}
             except AccessDenied:
@@ -326,21 +293,14 @@ class S3Store:
         if setting("get_bucket_versioning").get("Status") == "Enabled" and not expires:
             findings.append("versioning keeps and bills every replaced head: add a rule to expire noncurrent versions")
         if setting("get_object_lock_configuration").get("ObjectLockConfiguration", {}).get("Rule"):
-            findings.append(
-                "Object Lock's default retention keeps garbage and old heads: drop it or use another bucket"
-            )
+            text = "Object Lock's default retention keeps garbage and old heads: drop it or use another bucket"
+            findings.append(text)
         return [f"{self.name}: {finding}" for finding in findings]
 
     # --- one request ----------------------------------------------------------------------------------
 
     def _run(
-        self,
-        attempt: Callable[[float], T],
-        keys: Sequence[str],
-        site: str,
-        timeout_s: float | None = None,
-        *,
-        once: bool = False,
+        self, attempt: Callable[[float], T], key: str, site: str, timeout_s: float | None = None, *, once: bool = False
     ) -> T:
         """What `attempt(deadline)` returns; repeated until then, unless `once`, while it fails for passing reasons."""
         limit_s = self._deadline_s if timeout_s is None else timeout_s
@@ -348,15 +308,14 @@ class S3Store:
         pause_s = FIRST_PAUSE_S
         while True:
             left_s = max(deadline - self._runtime.monotonic(), 0.01)
-            self._local.site = site
-            self._local.read_timeout_s = left_s if once else min(left_s, max(left_s / 2, 1.0))
+            self._attempt.read_timeout_s = left_s if once else min(left_s, max(left_s / 2, 1.0))
             try:
                 return attempt(deadline)
             except _FAILURES as error:
-                where = f"{self.name}/{keys[0]}"
-                outcome = _outcome(error, where)
-                if once or not isinstance(outcome, (RequestInDoubt, StoreUnavailable)):
-                    raise outcome from error
+                where = f"{self.name}/{key}"
+                kind, what, advice = _meaning(error)
+                if once or kind not in (RequestInDoubt, StoreUnavailable):
+                    raise kind(f"{where}: {what} ({_reason(error)}); {advice}") from error
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
                 wait_s = self._runtime.uniform(pause_s / 4, pause_s / 2)
                 if self._runtime.monotonic() + wait_s >= deadline:
@@ -365,28 +324,20 @@ class S3Store:
                 log.debug("%s: %s: %s; again in %.2f s", site, where, _reason(error), wait_s)
             self._runtime.sleep(wait_s)
 
+    def _call(self, key: str, site: str, operation: str, **parameters: Any) -> Any:
+        """A request that is the whole attempt; `key` is for messages."""
+        return self._run(lambda _: self._ask(operation, **parameters), key, site)
+
     def _ask(self, operation: str, **parameters: Any) -> Any:
-        answer: Any = {}
-        try:
-            answer = getattr(self._client, operation)(Bucket=self.bucket, **parameters)
-        except sdk.ClientError as error:
-            answer = error.response
-            raise
-        finally:
-            date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
-            with suppress(ValueError):  # no answer, or no date in it
-                self._date = parsedate_to_datetime(date).timestamp(), self._runtime.monotonic()
-            self._counters.request(
-                operation.split("_")[0],
-                self._local.site,
-                sent_bytes=len(parameters.get("Body", b"")),
-                received_bytes=answer.get("ContentLength", 0) if "Body" in answer else 0,
-            )
-        return answer
+        return getattr(self._client, operation)(Bucket=self.bucket, **parameters)
 
     def _set_read_timeout(self, context: dict[str, Any], **_: Any) -> None:
-        """Before each request. SDKs that do not know the key wait for up to the default deadline instead."""
-        context["read_timeout"] = self._local.read_timeout_s
+        context["read_timeout"] = self._attempt.read_timeout_s
+
+    def _note_date(self, response_dict: Any, **_: Any) -> None:
+        with suppress(ValueError, TypeError, KeyError):  # no answer, or no date in it
+            date = parsedate_to_datetime(response_dict["headers"]["date"])
+            self._date = date.timestamp(), self._runtime.monotonic()
 
     def _check(self, deadline: float) -> None:
         if self._runtime.monotonic() > deadline:
@@ -405,16 +356,6 @@ class S3Store:
             raise sdk.IncompleteReadError(actual_bytes=len(body), expected_bytes=expected)
         return body
 
-    def _delete_batch(self, batch: builtins.list[str]) -> None:
-        """Delete these keys; those that failed stay in `batch`, which is what a repetition then asks for."""
-        objects = {"Objects": [{"Key": key} for key in batch], "Quiet": True}
-        failed = [e for e in self._ask("delete_objects", Delete=objects).get("Errors", []) if e["Code"] != "NoSuchKey"]
-        if failed:
-            batch[:] = [entry["Key"] for entry in failed]
-            status = {"AccessDenied": 403, "InternalError": 500, "ServiceUnavailable": 503}.get(failed[0]["Code"], 400)
-            answer: Any = {"Error": failed[0], "ResponseMetadata": {"HTTPStatusCode": status}}
-            raise sdk.ClientError(answer, "DeleteObjects")
-
 
 class _Upload(io.BytesIO):
     """A large body in pieces: a socket's time-out covers the sending of a whole buffer, however much of it moves."""
@@ -423,50 +364,39 @@ class _Upload(io.BytesIO):
         super().__init__(body)
         self._check = check
 
-    def __len__(self) -> int:
-        return self.getbuffer().nbytes
-
     def read(self, size: int | None = -1, /) -> bytes:
         self._check()
         return super().read(PIECE)
 
 
-def _outcome(error: Exception, where: str) -> StoreError:
-    """What the failure of one attempt means.
+def _meaning(error: Exception) -> tuple[type[StoreError], str, str]:
+    """What the failure of one attempt is, in an exception and in words, and what to do about it.
 
     RequestInDoubt and StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied.
-    `_NOT_SENT` comes from urllib3's `_new_conn` alone, that is before anything is sent. A pooled connection that the
-    server had closed fails later, as ConnectionClosedError: the request may have arrived, so it is in doubt.
     """
-
-    def text(what: str, advice: str) -> str:
-        return f"{where}: {what} ({_reason(error)}); {advice}"
-
     if isinstance(error, _NOT_SENT):
-        return StoreUnavailable(text("cannot connect", "check the network and the endpoint"))
+        return StoreUnavailable, "cannot connect", "check the network and the endpoint"
     if isinstance(error, _NO_CREDENTIALS):
-        return AccessDenied(
-            text("no usable credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile")
-        )
+        return AccessDenied, "no usable credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile"
     if isinstance(error, sdk.ParamValidationError):
-        return StoreRefused(text("the SDK refuses this name", "check the bucket name and the key"))
+        return StoreRefused, "the SDK refuses this name", "check the bucket name and the key"
     if not isinstance(error, sdk.ClientError):
-        return RequestInDoubt(text("sent, but not answered in full", "check the network and the endpoint"))
+        return RequestInDoubt, "sent, but not answered in full", "check the network and the endpoint"
     status, code = _answer(error)
     if (status in (401, 403) and code != "InvalidObjectState") or code in _BAD_TOKEN:
-        return AccessDenied(text("access denied", _ADVICE.get(code, _ACCESS_ADVICE)))
+        return AccessDenied, "access denied", _ADVICE.get(code, _ACCESS_ADVICE)
     if status == 412:
-        return PreconditionFailed(text("not, or no longer, what the condition asked for", "read it again"))
+        return PreconditionFailed, "not, or no longer, what the condition asked for", "read it again"
     if code == "NoSuchBucket":
-        return BucketNotFound(text("no such bucket", "create it or check its name"))
-    if code == "NoSuchKey" or (status == 404 and error.operation_name == "HeadObject"):  # HEAD has no body to say more
-        return ObjectNotFound(text("no such object", "check the name"))
+        return BucketNotFound, "no such bucket", "create it or check its name"
+    if code == "NoSuchKey":
+        return ObjectNotFound, "no such object", "check the name"
     if code in _DAMAGED:
-        return StoreUnavailable(text("damaged on its way to the store", "check the network"))
+        return StoreUnavailable, "damaged on its way to the store", "check the network"
     passing = code in _AGAIN or status in (408, 409, 429) or status >= 500
     if passing and code != "NotImplemented" and not code.startswith("Bucket"):  # 501 and 409 that are definite
-        return RequestInDoubt(text("the store failed", "try again later"))
-    return StoreRefused(text("refused", _ADVICE.get(code, "check the settings of the store")))
+        return RequestInDoubt, "the store failed", "try again later"
+    return StoreRefused, "refused", _ADVICE.get(code, "check the settings of the store")
 
 
 def _reason(error: Exception) -> str:

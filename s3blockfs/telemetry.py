@@ -1,24 +1,16 @@
-"""Logger names, log set-up, and counters of what the engine asked of the store and of its cache.
-
-Threads: everything may be called from any thread. Does not belong here: deciding what is worth a log line.
-"""
+"""Logger names and log set-up. Does not belong here: deciding what is worth a log line. Threads: any."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections import Counter
 
 from s3blockfs.errors import UsageError
 
 #: The package's logger; the others are its children, so that one level governs all of them.
 LOGGER = "s3blockfs"
 STORE_LOGGER = f"{LOGGER}.store"
-HEAD_LOGGER = f"{LOGGER}.head"
 ENGINE_LOGGER = f"{LOGGER}.engine"
 FUSE_LOGGER = f"{LOGGER}.fuse"
-SERVER_LOGGER = f"{LOGGER}.server"
-CLI_LOGGER = f"{LOGGER}.cli"
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -43,28 +35,3 @@ def setup_logging(level: str = "warning", log_file: str | None = None) -> None:
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s %(threadName)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(LOGGER).setLevel(level.upper())
-
-
-class Counters:
-    """Sums by name, such as `requests.get.head.read` (operation, then site), `bytes.sent` or `cache.hits`."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sums: Counter[str] = Counter()
-
-    def request(self, operation: str, site: str, *, sent_bytes: int = 0, received_bytes: int = 0) -> None:
-        """One request to the store: `operation` is get, put, delete or list; `site` the caller's label."""
-        with self._lock:
-            self._sums[f"requests.{operation}.{site}"] += 1
-            self._sums["bytes.sent"] += sent_bytes
-            self._sums["bytes.received"] += received_bytes
-
-    def cache(self, *, hit: bool) -> None:
-        """One lookup in the block cache."""
-        with self._lock:
-            self._sums["cache.hits" if hit else "cache.misses"] += 1
-
-    def read(self) -> dict[str, int]:
-        """What was counted so far, by name; a copy from one moment."""
-        with self._lock:
-            return dict(self._sums)

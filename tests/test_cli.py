@@ -274,7 +274,7 @@ def test_the_log_has_one_line_per_record_and_no_library_details(tmp_path: Path) 
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        logging.getLogger(telemetry.HEAD_LOGGER).exception("failed")
+        logging.getLogger(telemetry.STORE_LOGGER).exception("failed")
     logging.getLogger(telemetry.FUSE_LOGGER).debug("detail")
     logging.getLogger("botocore.auth").debug("a session token")
     telemetry.setup_logging("error", str(log))
@@ -282,7 +282,7 @@ def test_the_log_has_one_line_per_record_and_no_library_details(tmp_path: Path) 
     lines = log.read_text().splitlines()
     assert len(lines) == 2
     assert re.match(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR s3blockfs\.head MainThread: failed \| Traceback", lines[0]
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR s3blockfs\.store MainThread: failed \| Traceback", lines[0]
     )
     assert lines[1].endswith("detail")
 
@@ -291,23 +291,6 @@ def test_a_log_file_that_cannot_be_opened(command: Command, tmp_path: Path, caps
     command(lambda _: 0)
     assert main.main(["trial", "--log-file", str(tmp_path / "no" / "log")]) == 2
     assert "No such file or directory; name a file" in capsys.readouterr().err
-
-
-def test_counters() -> None:
-    counters = telemetry.Counters()
-    counters.request("get", "head.read", received_bytes=10)
-    counters.request("get", "head.read", received_bytes=5)
-    counters.request("put", "head.swap", sent_bytes=7)
-    counters.cache(hit=True)
-    counters.cache(hit=False)
-    assert counters.read() == {
-        "requests.get.head.read": 2,
-        "requests.put.head.swap": 1,
-        "bytes.received": 15,
-        "bytes.sent": 7,
-        "cache.hits": 1,
-        "cache.misses": 1,
-    }
 
 
 # --- doctor -------------------------------------------------------------------------------------------

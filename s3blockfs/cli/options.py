@@ -225,9 +225,7 @@ def parse_target(text: str) -> Target:
 
 
 @contextmanager
-def open_store(
-    namespace: argparse.Namespace, target: Target, runtime: Runtime, counters: telemetry.Counters | None = None
-) -> Iterator[S3Store]:
+def open_store(namespace: argparse.Namespace, target: Target, runtime: Runtime) -> Iterator[S3Store]:
     """The store of `target`. With --local its server runs as long as the context, and the bucket is created if missing.
 
     Sends nothing to a store on the network yet, so a missing bucket shows at the first request.
@@ -248,7 +246,7 @@ def open_store(
             server = stack.enter_context(EmbeddedServer.join(Path(namespace.local), runtime)).endpoint
             where = {"endpoint_url": server.url, "access_key": server.access_key, "secret_key": server.secret_key}
         deadline_s = config.request_deadline_s
-        store = S3Store(target.bucket, runtime=runtime, request_deadline_s=deadline_s, counters=counters, **where)
+        store = S3Store(target.bucket, runtime=runtime, request_deadline_s=deadline_s, **where)
         stack.callback(store.close)
         if namespace.local is not None:
             try:
