@@ -1,7 +1,7 @@
 """Read-ahead: notices a sequential reader and says what to fetch before it asks. Pure; no I/O, no threads.
 
-The window doubles with every sequential read, so that a point read costs one block and a scan soon reads megabytes a
-request.
+The window doubles with every range asked for, so that a point read costs one block, a short scan no more than a few
+times what it reads, and a long one soon reads megabytes a request.
 """
 
 from __future__ import annotations
@@ -31,15 +31,17 @@ class Readahead:
         if not -SLACK_BYTES <= offset - self._expected <= SLACK_BYTES or self._limit == 0:
             self._window, self._hits, self._expected, self._fetched_to = 0, 0, end, end
             return None
-        self._expected = max(self._expected, end)
+        if end <= self._expected:
+            return None  # a page read again, or backwards, or late: nothing ahead of it is asked for on its account
+        self._expected = end
         self._hits += 1
         if self._hits < 3:  # two neighbouring reads happen by chance in any B-tree
             self._fetched_to = max(self._fetched_to, end)
             return None
-        self._window = min(self._limit, max(FIRST_WINDOW_BYTES, self._window * 2))
         start = max(self._fetched_to, end)
         if start - end > self._window // 2 or start >= size:
             return None
+        self._window = min(self._limit, max(FIRST_WINDOW_BYTES, self._window * 2))
         stop = end + self._window
         if self._window >= 2 * OBJECT_BYTES:
             stop -= stop % OBJECT_BYTES  # whole objects: fewer, larger requests
