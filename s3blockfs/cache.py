@@ -62,7 +62,7 @@ class BlockCache:
             claimed, waiting = self._claim(prefix, missing)
             runs = _runs(claimed)
             for run in runs[1:]:
-                self._runtime.submit(partial(self._fetch_run, prefix, run))
+                self._start(prefix, run)
             if runs:
                 self._fetch_run(prefix, runs[0])
             for address, future in waiting:
@@ -76,7 +76,7 @@ class BlockCache:
     def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
         """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
         for run in _runs(self._claim(prefix, addresses)[0]):
-            self._runtime.submit(partial(self._fetch_run, prefix, run))
+            self._start(prefix, run)
 
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
         """Remember bytes that this process uploaded itself."""
@@ -103,6 +103,13 @@ class BlockCache:
                 waiting.append((address, future))
         return claimed, waiting
 
+    def _start(self, prefix: str, run: Sequence[FrameAddress]) -> None:
+        """Fetch on an I/O thread, or here when none is to be had: what was claimed must be resolved."""
+        try:
+            self._runtime.submit(partial(self._fetch_run, prefix, run))
+        except RuntimeError:
+            self._fetch_run(prefix, run)
+
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""
         start, end = run[0].pos, run[-1].end
@@ -126,9 +133,11 @@ class BlockCache:
                 except DamagedObject as error:
                     frame_failure = error
             with self._lock:
-                future = self._inflight.pop(_Key(prefix, address.ref, address.pos))
+                future = self._inflight.pop(_Key(prefix, address.ref, address.pos), None)
                 if frame_failure is None:
                     self._insert(_Key(prefix, address.ref, address.pos), data)
+            if future is None:
+                continue  # a pool that raised in `submit` ran it all the same
             if frame_failure is None:
                 future.set_result(data)
             else:
