@@ -112,7 +112,8 @@ def build(
     uid: bytes, role: int, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit] = ()
 ) -> BuiltObject:
     """Encode (offset, seq, bytes) frames. In the base role all must have one length, that of a block."""
-    parts = [_HEADER.pack(_MAGIC, VERSION, role, 0, uid)]
+    header = _HEADER.pack(_MAGIC, VERSION, role, 0, uid)
+    parts = [header]
     entries = []
     pos = HEADER_BYTES
     for offset, seq, raw in frames:
@@ -134,7 +135,7 @@ def build(
     index_crc = zlib.crc32(index, zlib.crc32(uid))
     length = pos + len(index) + FOOTER_BYTES
     footer = _FOOTER.pack(uid, pos, len(index), index_crc, len(entries), len(commits), length, _END_MAGIC, 0)[:-4]
-    parts += (index, footer, struct.pack(">I", zlib.crc32(footer)))
+    parts += (index, footer, struct.pack(">I", zlib.crc32(header + footer)))
     return BuiltObject(b"".join(parts), pos, len(index), index_crc, tuple(entries))
 
 
@@ -188,7 +189,8 @@ def decode_object(body: bytes, ref: ObjectRef, name: str) -> tuple[int, Index]:
         raise NewerFormat(f"{name}: data object version {version}; upgrade s3blockfs")
     footer = body[-FOOTER_BYTES:]
     uid, index_pos, index_length, index_crc, frames, commits, length, magic, crc = _FOOTER.unpack(footer)
-    if magic != _END_MAGIC or crc != zlib.crc32(footer[:-4]) or uid != ref.uid or length != len(body):
+    expected = zlib.crc32(body[:HEADER_BYTES] + footer[:-4])
+    if magic != _END_MAGIC or crc != expected or uid != ref.uid or length != len(body):
         raise DamagedObject(f"{name}: damaged footer")
     index = decode_index(body[index_pos : index_pos + index_length], ref.uid, index_crc, name)
     if len(index.extents) != frames or len(index.commits) != commits:
