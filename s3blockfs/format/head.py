@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from s3blockfs.errors import DamagedObject, NewerFormat
@@ -173,6 +174,8 @@ def decode(body: bytes, name: str) -> Head:
     )
     if head.block_size < MIN_BLOCK_BYTES:
         raise DamagedObject(f"{name}: block size {head.block_size}")
+    if head.leaves and (head.leaves[0].first != 0 or any(a.first >= b.first for a, b in pairwise(head.leaves))):
+        raise DamagedObject(f"{name}: leaves of the block map out of order")
     return head
 
 
