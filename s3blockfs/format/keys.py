@@ -71,11 +71,11 @@ def join(*parts: str) -> str:
 
 def check_prefix(prefix: str) -> None:
     """Raise UsageError unless every key of a database with this prefix is a legal, harmless key."""
-    if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
-        raise UsageError(f"{prefix[:40]}...: name too long; S3 keys end at {MAX_KEY_BYTES} bytes")
     for part in prefix.split("/"):
         if not is_file_name(part) or part == HIDDEN_FOLDER:
             raise UsageError(f"{prefix!r}: not usable as a database name")
+    if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
+        raise UsageError(f"{prefix[:40]}...: name too long; S3 keys end at {MAX_KEY_BYTES} bytes")
 
 
 def is_file_name(part: str) -> bool:
