@@ -119,7 +119,7 @@ class BlockCache:
         try:
             body = self._store.get(key, site="block", start=start, length=end - start).body
         except ObjectNotFound:
-            failure = DamagedObject(f"{self._store.name}/{key}: missing; run `s3blockfs doctor` on the bucket")
+            failure = DamagedObject(f"{self._store.name}/{key}: missing")
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
             failure = error
         view = memoryview(body)

@@ -87,6 +87,9 @@ class DamagedObject(S3BlockFSError):
 
     exit_code = 6
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}; put an earlier version of that object back (S3 versioning, a backup)"
+
 
 class NewerFormat(S3BlockFSError):
     """Written by a newer s3blockfs; this one must not guess."""

@@ -98,7 +98,7 @@ class Source:
         try:
             return self.store.get(key, site=site, start=start, length=length).body
         except ObjectNotFound:
-            raise DamagedObject(f"{self.name_of(key)}: missing; run `s3blockfs doctor` on the bucket") from None
+            raise DamagedObject(f"{self.name_of(key)}: missing") from None
 
 
 class Snapshot:

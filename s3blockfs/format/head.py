@@ -138,7 +138,7 @@ def decode(body: bytes, name: str) -> Head:
         raise DamagedObject(f"{name}: truncated head")
     magic, crc = _TRAILER.unpack(rest[-_TRAILER.size :])
     if magic != _MAGIC or crc != zlib.crc32(body[: -_TRAILER.size], zlib.crc32(_MAGIC)):
-        raise DamagedObject(f"{name}: checksum mismatch in the head; restore an earlier version of this object")
+        raise DamagedObject(f"{name}: checksum mismatch in the head")
     get = _Fields(fields, name)
     map_bytes, tail_bytes = get.number("map_bytes"), get.number("tail_bytes")
     if map_bytes + tail_bytes + _TRAILER.size != len(rest):
