@@ -190,20 +190,29 @@ def all_errors(base: type[errors.S3BlockFSError]) -> Iterator[type[errors.S3Bloc
         yield from all_errors(kind)
 
 
-@pytest.mark.parametrize("kind", sorted(set(all_errors(errors.S3BlockFSError)), key=lambda kind: kind.__name__))
+@pytest.mark.parametrize(
+    "kind",
+    sorted(
+        (kind for kind in set(all_errors(errors.S3BlockFSError)) if kind.__module__ == errors.__name__),
+        key=lambda kind: kind.__name__,
+    ),
+)
 def test_errors_are_one_line_and_an_exit_code(
     command: Command, capsys: pytest.CaptureFixture[str], kind: type[errors.S3BlockFSError]
 ) -> None:
     def fail(_: argparse.Namespace) -> int:
         raise kind("what happened; what to do")
 
+    said = f"s3blockfs: {kind('what happened; what to do')}\n"
     command(fail)
     assert main.main(["trial"]) == kind.exit_code != 0
-    assert capsys.readouterr().err == "s3blockfs: what happened; what to do\n"
+    assert capsys.readouterr().err == said
+    assert said.startswith("s3blockfs: what happened; what to do")
+    assert said.count("\n") == 1
     assert main.main(["trial", "--debug"]) == kind.exit_code
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
-    assert shown.endswith("\ns3blockfs: what happened; what to do\n")
+    assert shown.endswith(f"\n{said}")
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["trial", "--nonsense"], ["trial", "--cache-size", "x"]])
