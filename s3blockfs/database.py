@@ -102,7 +102,8 @@ class Database:
 
     @property
     def size(self) -> int:
-        return self._view.size
+        unloaded = self._unloaded
+        return self._view.size if unloaded is None else unloaded.head.size
 
     @property
     def modified_s(self) -> float:
@@ -172,8 +173,7 @@ class Database:
                 self._view.drop()
                 self._moved = True  # the change counter in the kernel's copy may be another one
                 return
-            self._shrink_to_header(pid)
-            self._publish()
+            self._publish(pid)
 
     def finalise_super_journal(self, name: str, pid: int) -> None:
         """The super-journal `name` is about to be unlinked: the commit point of every database whose journal names it.
@@ -192,6 +192,7 @@ class Database:
 
         Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see.
         """
+        self._require_settled()
         journal = self._journal()
         if journal is not None and is_hot(journal.read(0, 1)) and self._discarding is None:
             name = super_journal(journal.read, journal.size)
@@ -217,10 +218,14 @@ class Database:
                 return
             self._publish()
 
-    def _publish(self) -> None:
+    def _publish(self, finalising: int | None = None) -> None:
+        """`finalising`: the process whose journal is being finalised."""
         view = self._view
-        assert view.uploads is not None
         try:
+            if finalising is not None:
+                self._shrink_to_header(finalising)
+            if view.uploads is None:
+                return  # what was beyond the end was all there was
             published = self._publisher.publish(view.snapshot, view.dirty, view.uploads)
         except Unsettled as error:
             self._doubt = error.doubt
@@ -263,8 +268,8 @@ class Database:
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
         with self._gate:
-            self._before_grant(owner, kind, start, end)
             before = self.locks.level(owner)
+            self._before_grant(owner, before, kind, start, end)
             if self.locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
             self._after_change(owner, before)
@@ -273,9 +278,12 @@ class Database:
         self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
     ) -> None:
         """F_SETLKW. Raises InterruptedError, OSError (EDEADLK), and whatever a refresh raises."""
+        before = self.locks.level(owner)
         self.locks.wait_lock(owner, kind, start, end, pid, interrupted)
         try:
-            self.lock(owner, kind, start, end, pid)
+            with self._gate:
+                self._before_grant(owner, before, kind, start, end)
+                self._after_change(owner, before)
         except BaseException:
             self.unlock(owner, start, end)
             raise
@@ -297,13 +305,11 @@ class Database:
                 self._discarding = owner
             return True
 
-    def _before_grant(self, owner: Hashable, kind: Kind, start: int, end: int) -> None:
-        level = self.locks.level(owner)
+    def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
         if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_FIRST + SHARED_SIZE - 1):
             if level is Level.NONE:
                 self._require_settled()
-                if not any(self.locks.level(other) >= Level.SHARED for other in self.locks):
-                    self.refresh(self._config.refresh_s)
+                self._refresh(self._config.refresh_s, owner)
         elif kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE) and level is Level.SHARED:
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
@@ -315,12 +321,20 @@ class Database:
                 self._end_discard(remove_journal=True)
 
     def refresh(self, max_age_s: float) -> None:
-        """Look for a newer head if the last look is older than this, and move to it. Not while anything is dirty."""
+        """Look for a newer head if the last look is older than this, and move to it. Not while anything is dirty, nor
+        while anybody here is inside a transaction."""
+        with self._gate:
+            self._refresh(max_age_s, None)
+
+    def _refresh(self, max_age_s: float, owner: Hashable) -> None:
+        """For `owner`, whose transaction begins or was just dropped; everybody else's goes by what is shown."""
         with self._changing():
             self._require_settled()
-            if self._is_fresh(max_age_s) or self._discarding is not None or self.is_dirty:
-                return
             now = self._source.runtime.monotonic()
+            if now - self._checked < max_age_s or self._discarding is not None or self.is_dirty:
+                return
+            if any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner):
+                return
             try:
                 version = self._heads.read_if_changed(self._view.snapshot.version)
             except StoreUnavailable as error:
@@ -344,26 +358,20 @@ class Database:
                 raise Busy(f"{self._label}: changed elsewhere; read again")
             self._checked = self._source.runtime.monotonic()
 
-    def _is_fresh(self, max_age_s: float) -> bool:
-        age = self._source.runtime.monotonic() - self._checked
-        return age < max_age_s
-
     # --- states ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""
-        with self._writing:
+        with contextlib.ExitStack() as afterwards, self._writing:
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-                moved = self._moved and self._depth == 0
-                if moved:
+                if self._moved and self._depth == 0:
                     self._moved = False
-        if moved:
-            self.on_moved()
+                    afterwards.callback(self.on_moved)
 
     def delete(self) -> None:
         """It was deleted here: open handles still read, and cannot write."""
@@ -407,16 +415,18 @@ class Database:
 
     def _end_discard(self, remove_journal: bool) -> None:
         """The writer let go: the committed state is what counts, wherever it is now."""
-        self._discarding = None
+        owner, self._discarding = self._discarding, None
         self._view.drop()
         if remove_journal:
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
-        self._checked = float("-inf")
-        try:
-            self.refresh(0)
-        except (StoreError, DatabaseGone) as error:
-            log.warning("%s: %s", self._label, error)  # the next transaction looks again
+        self._checked = float("-inf")  # the next transaction looks again
         self._moved = True
+        if owner is None:
+            return  # without its lock or `_gate` a transaction may begin any moment
+        try:
+            self._refresh(0, owner)
+        except (StoreError, DatabaseGone) as error:
+            log.warning("%s: %s", self._label, error)
 
     def _settle_soon(self) -> None:
         with self._mutex:
@@ -457,6 +467,8 @@ class Database:
 
     def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
         """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
+        if version.head.deleted:  # right after a commit of ours
+            self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
         if snapshot is None:
             try:
                 snapshot = Snapshot.load(self._source, version)
