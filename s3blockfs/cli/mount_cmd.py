@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import os
-import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,9 @@ from s3blockfs.cli.options import config_from, open_store, parse_target, store_o
 from s3blockfs.errors import EnvironmentProblem, UsageError
 from s3blockfs.runtime import SystemRuntime
 
-#: The background daemon's end of a pipe: it writes one line there when the mount answers.
-READY_VARIABLE = "S3BLOCKFS_READY_FD"
+#: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
+DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
+READY = b"ready\n"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     parse_target(namespace.target)
-    if READY_VARIABLE in os.environ or namespace.foreground:
+    if DAEMON_VARIABLE in os.environ or namespace.foreground:
         return _serve(namespace)
     return _in_background()
 
@@ -49,21 +46,17 @@ def _in_background() -> int:
 
     A new process instead of a fork: nothing of this one's threads and connections gets into the daemon.
     """
-    readable, writable = os.pipe()
-    environment = {**os.environ, READY_VARIABLE: str(writable)}
-    command = [sys.executable, "-m", "s3blockfs", *sys.argv[1:]]
     daemon = subprocess.Popen(
-        command,
+        [sys.executable, "-m", "s3blockfs", *sys.argv[1:]],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-        pass_fds=[writable],
+        stdout=subprocess.PIPE,
+        env={**os.environ, DAEMON_VARIABLE: "1"},
         start_new_session=True,
     )
-    os.close(writable)
-    with os.fdopen(readable) as pipe:
+    assert daemon.stdout is not None
+    with daemon.stdout as pipe:
         answered = pipe.readline()
-    if answered:
+    if answered == READY:
         daemon.returncode = 0  # it goes on; do not warn that it is still running
         return 0
     return daemon.wait() or EnvironmentProblem.exit_code
@@ -75,7 +68,7 @@ def _serve(namespace: argparse.Namespace) -> int:
     from s3blockfs.fuse_ops import FileSystem
 
     target, config = parse_target(namespace.target), config_from(namespace)
-    pipe = os.environ.pop(READY_VARIABLE, None)
+    in_background = os.environ.pop(DAEMON_VARIABLE, None)
     mountpoint.require()
     if mountpoint.clear_dead_mount(namespace.directory):
         print(f"s3blockfs: cleared a dead mount on {namespace.directory}", file=sys.stderr)
@@ -94,43 +87,40 @@ def _serve(namespace: argparse.Namespace) -> int:
 
         def ready() -> None:
             notify.ready(f"{target} on {directory}")
-            if pipe is not None:
-                _detach(int(pipe))
+            if in_background:
+                _detach()
 
         try:
-            with alive_lock(directory):
-                operations = FileSystem(catalog, config, str(directory), ready)
-                fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
+            # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.
+            with contextlib.suppress(OSError):  # see `is_served`
+                fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
+            operations = FileSystem(catalog, config, str(directory), ready)
+            fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
         finally:
             runtime.close()
     return 0
 
 
-def _detach(pipe: int) -> None:
+def _detach() -> None:
     """Tell the parent that the mount answers, and let go of its terminal."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
-    os.write(pipe, b"ready\n")
-    os.close(pipe)
+    os.write(sys.stdout.fileno(), READY)
+    with Path(os.devnull).open("w") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+        os.dup2(null.fileno(), sys.stderr.fileno())
 
 
-def alive_path(directory: Path) -> Path:
-    """The file that the daemon of this mount keeps locked for as long as it lives."""
-    folder = Path(tempfile.gettempdir()) / f"s3blockfs-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise EnvironmentProblem(f"{folder}: belongs to somebody else; remove it")
-    return folder / hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def alive_lock(directory: Path) -> Iterator[None]:
-    """Held by the daemon until its process has ended, which is what `umount` waits for."""
-    path = alive_path(directory)
-    fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), fcntl.LOCK_EX)  # never closed here
+def is_served(directory: Path) -> bool:
+    """Whether a daemon is still at work for this directory, on which nothing is mounted any more."""
     try:
-        yield
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without such locks, so nobody can tell
+        return False
     finally:
-        path.unlink(missing_ok=True)
+        os.close(descriptor)
+    return False

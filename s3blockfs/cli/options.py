@@ -11,7 +11,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from configparser import ConfigParser
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,18 +45,6 @@ _HELP = {
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:iB|B)?", re.IGNORECASE)
-_SWITCH = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "": False,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
-
 # The rules of AWS for new and old buckets, widened to what MinIO and Ceph accept.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
@@ -88,8 +77,9 @@ def seconds(text: str) -> float:
 
 def switch(text: str) -> bool:
     """An environment variable's yes or no. Raises UsageError."""
+    words = {**ConfigParser.BOOLEAN_STATES, "": False}
     try:
-        return _SWITCH[text.strip().lower()]
+        return words[text.strip().lower()]
     except KeyError:
         raise UsageError(f"{text!r} is neither yes nor no; write 1 or 0") from None
 
@@ -135,9 +125,7 @@ class Option:
 
 def _show(value: Any) -> str:
     if isinstance(value, int):
-        for unit in ("G", "M", "K"):
-            if value % _UNITS[unit] == 0:
-                return f"{value // _UNITS[unit]}{unit}"
+        return next(f"{value // _UNITS[unit]}{unit}" for unit in ("G", "M", "K", "") if value % _UNITS[unit] == 0)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -215,9 +203,7 @@ def parse_target(text: str) -> Target:
     bucket, _, prefix = text.removeprefix("s3://").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise UsageError(f"{text!r}: {bucket!r} is no bucket name; write BUCKET or BUCKET/PREFIX")
-    parts = prefix.split("/")
-    if not parts[-1]:
-        parts.pop()
+    parts = prefix.removesuffix("/").split("/") if prefix else []
     for part in parts:
         if not is_file_name(part):
             raise UsageError(f"{text!r}: {part!r} cannot be a part of a prefix; write BUCKET/FOLDER/FOLDER")
@@ -234,23 +220,22 @@ def open_store(namespace: argparse.Namespace, target: Target, runtime: Runtime) 
     from s3blockfs.s3store import S3Store  # boto3 takes 0.2 s to import: only for commands that need it
 
     config = config_from(namespace)
-    with ExitStack() as stack:
-        where: dict[str, Any]
-        if namespace.local is None:
-            where = {"endpoint_url": config.endpoint_url, "region": config.region, "profile": config.profile}
-        elif config.endpoint_url or config.profile:
-            raise UsageError("--local brings its own server; leave out --endpoint-url and --profile")
-        else:
-            from s3blockfs.embedded import EmbeddedServer
+    settings: dict[str, Any] = {"runtime": runtime, "request_deadline_s": config.request_deadline_s}
+    if namespace.local is None:
+        settings |= {"endpoint_url": config.endpoint_url, "region": config.region, "profile": config.profile}
+        with closing(S3Store(target.bucket, **settings)) as store:
+            yield store
+        return
+    if config.endpoint_url or config.profile:
+        raise UsageError("--local brings its own server; leave out --endpoint-url and --profile")
+    from s3blockfs.embedded import EmbeddedServer
 
-            server = stack.enter_context(EmbeddedServer.join(Path(namespace.local), runtime)).endpoint
-            where = {"endpoint_url": server.url, "access_key": server.access_key, "secret_key": server.secret_key}
-        deadline_s = config.request_deadline_s
-        store = S3Store(target.bucket, runtime=runtime, request_deadline_s=deadline_s, **where)
-        stack.callback(store.close)
-        if namespace.local is not None:
-            try:
-                store.check_bucket()
-            except BucketNotFound:
-                store.create_bucket()
+    with (
+        EmbeddedServer.join(Path(namespace.local), runtime) as server,
+        closing(S3Store(target.bucket, **settings, **server.endpoint.settings)) as store,
+    ):
+        try:
+            store.check_bucket()
+        except BucketNotFound:
+            store.create_bucket()
         yield store

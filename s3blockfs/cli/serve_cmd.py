@@ -6,19 +6,30 @@ import argparse
 import contextlib
 import signal
 from pathlib import Path
+from typing import Any
 
-from s3blockfs.embedded import EmbeddedServer
 from s3blockfs.errors import EnvironmentProblem
-from s3blockfs.runtime import Runtime, SystemRuntime
+from s3blockfs.runtime import SystemRuntime
 
 WATCH_S = 1.0
 
 
-def run(directory: Path, runtime: Runtime) -> int:
-    """Start or join the server of `directory`, say how to use it, and leave at SIGINT or SIGTERM.
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="run the embedded S3 server in the foreground",
+        description="Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where the data is kept; created if missing")
+    parser.set_defaults(run=run)
 
-    Raises EnvironmentProblem as `EmbeddedServer.join` does, and when the server ends under us.
-    """
+
+def run(namespace: argparse.Namespace) -> int:
+    """Start or join the server of the directory, say how to use it, and leave at SIGINT or SIGTERM."""
+    from s3blockfs.embedded import EmbeddedServer
+
+    directory, runtime = namespace.directory, SystemRuntime()
     # SIGTERM becomes an exception like SIGINT: it then also ends a start that hangs, and cleans up.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -32,28 +43,9 @@ def run(directory: Path, runtime: Runtime) -> int:
             )
             while server.alive:
                 runtime.sleep(WATCH_S)
-            raise EnvironmentProblem(
-                f"{directory}: the embedded S3 server ended; read {server.directory / 'server.log'}, then start again"
-            )
-        return 0
+            log = server.directory / "server.log"
+            raise EnvironmentProblem(f"{directory}: the embedded S3 server ended; read {log}, then start again")
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _run(options: argparse.Namespace) -> int:
-    runtime = SystemRuntime()
-    try:
-        return run(options.directory, runtime)
-    finally:
         runtime.close()
-
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register `serve DIR`."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="run the embedded S3 server in the foreground",
-        description="Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too.",
-    )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where the data is kept; created if missing")
-    parser.set_defaults(run=_run)
+    return 0

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from s3blockfs import mountpoint
-from s3blockfs.cli.mount_cmd import alive_path
+from s3blockfs.cli.mount_cmd import is_served
 from s3blockfs.errors import Busy
 from s3blockfs.runtime import SystemRuntime
 
@@ -32,24 +30,11 @@ def run(namespace: argparse.Namespace) -> int:
     directory = Path(os.path.realpath(namespace.directory))
     if mountpoint.clear_dead_mount(str(directory)):
         return 0
-    path = alive_path(directory)
-    with contextlib.ExitStack() as stack:
-        # Before unmounting: the daemon removes the name when it is about to end.
-        alive = stack.enter_context(path.open()) if path.exists() else None
-        mountpoint.unmount(str(directory))
-        if alive is not None:
-            _wait_for_end(alive)
-            path.unlink(missing_ok=True)
-    return 0
-
-
-def _wait_for_end(file: IO[str]) -> None:
+    mountpoint.unmount(str(directory))
     runtime = SystemRuntime()
     deadline = runtime.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if runtime.monotonic() > deadline:
-                raise Busy("unmounted, but the daemon is still at work; look at its log") from None
-            runtime.sleep(0.02)
+    while is_served(directory):
+        if runtime.monotonic() > deadline:
+            raise Busy("unmounted, but the daemon is still at work; look at its log")
+        runtime.sleep(0.02)
+    return 0
