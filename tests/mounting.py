@@ -152,7 +152,7 @@ class Mount:
 
 
 @contextlib.contextmanager
-def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root: Path | None = None, **changes: str):  # type: ignore[no-untyped-def]
+def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root: Path | None = None) -> Iterator[Mount]:
     """`s3blockfs mount -f` with its own directories below `folder` (or those of an earlier mount in `root`).
 
     Yields a Mount that answers. At the end it is unmounted, and no process, mount or temporary file may be left.
@@ -166,7 +166,7 @@ def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind("")  # an abstract address of the kernel's choice
         notify = "@" + channel.getsockname()[1:].decode()
-        environment = place.environment | {"TMPDIR": str(root / "tmp"), "NOTIFY_SOCKET": notify} | changes
+        environment = place.environment | {"TMPDIR": str(root / "tmp"), "NOTIFY_SOCKET": notify}
         with (root / "log").open("ab") as log:
             process = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         mount = Mount(root, process)
