@@ -103,8 +103,10 @@ def test_an_exit_inside_a_callback_ends_the_daemon_and_not_by_a_crash(daemon: Ca
     assert running.seen("destroy") and not mount_line(running.mnt)
 
 
-@pytest.mark.parametrize("wrong", ["too much", "none", "bytearray"])
-def test_read_must_return_bytes(daemon: Callable[..., Daemon], wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "noticed"), [("too much", "ValueError"), ("none", "TypeError"), ("bytearray", "ArgumentError")]
+)
+def test_read_must_return_bytes(daemon: Callable[..., Daemon], wrong: str, noticed: str) -> None:
     running = daemon()
     (running.mnt / "file").write_bytes(b"content" * 10_000)
     assert (running.mnt / "file").read_bytes() == b"content" * 10_000
@@ -112,6 +114,7 @@ def test_read_must_return_bytes(daemon: Callable[..., Daemon], wrong: str) -> No
     with pytest.raises(OSError) as caught:
         (running.mnt / "file").read_bytes()
     assert caught.value.errno == errno.EIO
+    assert noticed in running.stderr()  # before it became the kernel's problem
 
 
 def test_unlink_of_an_open_file_arrives_as_unlink(daemon: Callable[..., Daemon]) -> None:

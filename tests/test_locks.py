@@ -154,7 +154,8 @@ def waiting(
 
 
 @pytest.mark.parametrize("release", ["unlock", "downgrade", "drop"])
-def test_a_waiter_is_granted_when_the_holder_gives_way(release: str) -> None:
+def test_a_waiter_is_granted_when_the_holder_gives_way(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3blockfs.locks.POLL_S", 30)  # so it is woken, and does not find out by polling
     locks = RangeLocks()
     locks.try_lock("a", WRITE, 0, 9, pid=1)
     with waiting(locks, "b", READ, 0, 9, 2) as outcome:
