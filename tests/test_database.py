@@ -315,14 +315,24 @@ def test_after_a_failed_commit_the_play_back_is_dropped(scene: Scene, lost: bool
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_after_a_failed_commit_no_commit_point_succeeds(scene: Scene, lost: bool) -> None:
-    """Without a journal (MEMORY, OFF) fsync and close fail until the lock is released."""
-    writer = failing_commit(scene, lost)
+def test_after_a_failed_commit_without_journal_none_succeeds(scene: Scene, lost: bool) -> None:
+    """journal_mode=MEMORY and OFF: fsync and close fail until the lock is released."""
+    writer = scene.process(1)
+    writer.shared()
+    writer.reserved()
+    writer.exclusive()
+    scene.database.write(0, state(2))
+    lose_next_commit(scene) if lost else store_down(scene.world)
+    with pytest.raises(CommitLost if lost else StoreUnavailable):
+        scene.database.sync(1)
+    scene.world.store.rule = None
+    scene.database.write(0, state(1))  # MEMORY plays back
     for ask in (scene.database.sync, scene.database.close_handle):
         with pytest.raises(StoreUnavailable, match="roll back"):
             ask(1)
     writer.unlock()
     scene.database.sync(1)
+    assert scene.published(9 if lost else 1)
 
 
 @pytest.mark.parametrize("lost", [True, False])
