@@ -1,8 +1,7 @@
 """The real `ObjectStore`: S3 and its relatives, by boto3 (no other module imports it).
 
-Role: one request and what became of it. Every failure becomes one of the classes of `errors.py`, whose text is one line
-that names the object and the next step and repeats nothing that could be secret (no message of the SDK or of the store,
-no URL, no header: only the error code). Conditional PUTs are sent once; `head.py` settles the ones in doubt.
+Role: one request and what became of it. Every failure becomes a class of `errors.py`, whose text names the object and
+the next step and repeats nothing that could be secret: of what the SDK and the store say only the error code.
 
 Deadlines: an attempt waits at most half of the time left for the next byte (a conditional PUT, which has one attempt:
 all of it), and bodies of GET and PUT stop at the deadline. Two waits can pass it: `CONNECT_TIMEOUT_S` for each address
@@ -55,7 +54,6 @@ log = logging.getLogger(STORE_LOGGER)
 
 #: For each address that the endpoint's name resolves to; also bounds the sending of one piece (see `_Upload`).
 CONNECT_TIMEOUT_S = 3.0
-MAX_CONNECTIONS = 64
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 2.0
 BATCH = 1000  # the most that DeleteObjects takes and ListObjectsV2 gives
@@ -116,7 +114,7 @@ class S3Store:
         self._date: tuple[float, float] | None = None
         """The store's clock and ours at its last answer; one tuple, so that threads replace both at once."""
         config = SdkConfig(
-            max_pool_connections=MAX_CONNECTIONS,
+            max_pool_connections=64,
             tcp_keepalive=True,
             parameter_validation=False,
             user_agent=f"s3blockfs/{__version__}",
@@ -223,10 +221,8 @@ class S3Store:
                     self._call(key, site, "delete_object", Key=key)
 
     def list(self, prefix: str, *, site: str, delimiter: str = "", max_keys: int | None = None) -> Iterator[Listed]:
-        page: dict[str, Any] = {"Prefix": prefix, "MaxKeys": min(BATCH, max_keys or BATCH)}
-        if delimiter:
-            page["Delimiter"] = delimiter
-        return islice(self._entries(page, site), max_keys)
+        page = {"Prefix": prefix, "MaxKeys": min(BATCH, max_keys or BATCH)}
+        return islice(self._entries(page | ({"Delimiter": delimiter} if delimiter else {}), site), max_keys)
 
     def _entries(self, page: dict[str, Any], site: str) -> Iterator[Listed]:
         while True:
@@ -274,11 +270,11 @@ class S3Store:
         def setting(operation: str) -> Any:
             try:
                 return self._call("", operation, operation)
-            except (StoreRefused, ObjectNotFound):  # unset, or not implemented
-                return {}
             except AccessDenied:
                 findings.append(f"not allowed to {operation.replace('_', ' ')}: allow it, or check this by hand")
-                return {}
+            except (StoreRefused, ObjectNotFound):  # unset, or not implemented
+                pass
+            return {}
 
         rules = setting("get_bucket_lifecycle_configuration").get("Rules", [])
         rules = [rule for rule in rules if rule.get("Status") == "Enabled" and _applies(rule, prefix)]

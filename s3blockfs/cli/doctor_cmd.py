@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3blockfs import capabilities
-from s3blockfs.cli.options import Target, config_from, open_store, parse_target, store_options
+from s3blockfs.cli.options import Target, add_command, config_from, open_store, parse_target
 from s3blockfs.config import Config
 from s3blockfs.errors import AccessDenied, S3BlockFSError
 from s3blockfs.runtime import Runtime, SystemRuntime
@@ -38,16 +38,10 @@ class Finding:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "doctor",
-        parents=[store_options()],
-        help="check this machine and a bucket",
-        description="Check this machine, and a bucket if one is named: each line says ok, or FIX and how to. "
-        "Exit code 1 when something needs fixing.",
-    )
+    text = """Check this machine, and a bucket if one is named: each line says ok, or FIX and how to.
+        Exit code 1 when something needs fixing."""
+    parser = add_command(subparsers, "doctor", run, "check this machine and a bucket", text)
     parser.add_argument("target", nargs="?", metavar="BUCKET[/PREFIX]")
-    parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:

@@ -8,22 +8,17 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from s3blockfs.cli.options import config_from, open_store, parse_target, store_options
+from s3blockfs.cli.options import add_command, config_from, open_store, parse_target
 from s3blockfs.errors import DatabaseNotFound
 from s3blockfs.runtime import SystemRuntime
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "ls",
-        parents=[store_options()],
-        help="list databases and folders",
-        description="List the databases and folders under BUCKET/PREFIX, as a mount would show them.",
-    )
+    text = "List the databases and folders under BUCKET/PREFIX, as a mount would show them."
+    parser = add_command(subparsers, "ls", run, "list databases and folders", text)
     parser.add_argument("target", metavar="BUCKET[/PREFIX]")
     parser.add_argument("-l", "--long", action="store_true", help="size in bytes and time of the last commit as well")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:

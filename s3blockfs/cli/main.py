@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from s3blockfs import __version__, telemetry
-from s3blockfs.cli.options import add_common_options, apply_environment
+from s3blockfs.cli.options import COMMON, apply_environment
 from s3blockfs.errors import S3BlockFSError, UsageError
 
 COMMANDS = ("mount", "umount", "ls", "doctor", "serve")
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         importlib.import_module(f"s3blockfs.cli.{name}_cmd").add_parser(subparsers)
     for command in subparsers.choices.values():
-        add_common_options(command)
+        for option in COMMON:
+            option.add_to(command)
     return parser
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s3blockfs import notify
-from s3blockfs.cli.options import config_from, open_store, parse_target, store_options
+from s3blockfs.cli.options import add_command, config_from, open_store, parse_target
 from s3blockfs.errors import EnvironmentProblem, UsageError
 from s3blockfs.runtime import SystemRuntime
 
@@ -22,16 +22,11 @@ READY = b"ready\n"
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "mount",
-        parents=[store_options()],
-        help="show the databases of a bucket as files",
-        description="Show every database under BUCKET/PREFIX as a file in DIR. Returns when the mount answers.",
-    )
+    text = "Show every database under BUCKET/PREFIX as a file in DIR. Returns when the mount answers."
+    parser = add_command(subparsers, "mount", run, "show the databases of a bucket as files", text)
     parser.add_argument("target", metavar="BUCKET[/PREFIX]", help="what to mount; s3://BUCKET/PREFIX works too")
     parser.add_argument("directory", metavar="DIR", help="an existing, empty directory")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground until unmounted")
-    parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -94,7 +89,7 @@ def _serve(namespace: argparse.Namespace) -> int:
             # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.
             with contextlib.suppress(OSError):  # see `is_served`
                 fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
-            operations = FileSystem(catalog, config, str(directory), ready)
+            operations = FileSystem(catalog, config, runtime, str(directory), ready)
             fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
         finally:
             runtime.close()

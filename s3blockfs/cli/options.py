@@ -1,7 +1,7 @@
 """The options that commands share: flags, their environment variables, targets, and the store they lead to.
 
 Every field of `Config` is an option; its type decides how the text is read. Each option is also an environment variable
-`S3BLOCKFS_<OPTION>`; the flag wins. The sub-parser of a command that opens a store takes `parents=[store_options()]`.
+`S3BLOCKFS_<OPTION>`; the flag wins.
 """
 
 from __future__ import annotations
@@ -135,9 +135,10 @@ def _config_options() -> Iterator[Option]:
         "float": (seconds, "SECONDS"),
         "bool": (switch, ""),
         "str | None": (str, "TEXT"),
+        "block_size": (_block_size, "SIZE"),
     }
     for field in fields(Config):
-        convert, metavar = (_block_size, "SIZE") if field.name == "block_size" else kinds[str(field.type)]
+        convert, metavar = kinds.get(field.name) or kinds[str(field.type)]
         yield Option(field.name, convert, _HELP[field.name], metavar, field.default)
 
 
@@ -160,10 +161,14 @@ def store_options() -> argparse.ArgumentParser:
     return parser
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command --log-level, --log-file and --debug; main does it for all of them."""
-    for option in COMMON:
-        option.add_to(parser)
+def add_command(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str, *, store: bool = True
+) -> argparse.ArgumentParser:
+    """Register a command; main adds --log-level, --log-file and --debug."""
+    parents = [store_options()] if store else []
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, parents=parents, help=summary, description=text)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def apply_environment(namespace: argparse.Namespace) -> None:

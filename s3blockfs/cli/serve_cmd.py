@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from s3blockfs.cli.options import add_command
 from s3blockfs.errors import EnvironmentProblem
 from s3blockfs.runtime import SystemRuntime
 
@@ -15,14 +16,9 @@ WATCH_S = 1.0
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the command."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="run the embedded S3 server in the foreground",
-        description="Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too.",
-    )
+    text = "Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too."
+    parser = add_command(subparsers, "serve", run, "run the embedded S3 server in the foreground", text, store=False)
     parser.add_argument("directory", metavar="DIR", type=Path, help="where the data is kept; created if missing")
-    parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:

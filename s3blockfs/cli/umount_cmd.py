@@ -9,6 +9,7 @@ from typing import Any
 
 from s3blockfs import mountpoint
 from s3blockfs.cli.mount_cmd import is_served
+from s3blockfs.cli.options import add_command
 from s3blockfs.errors import Busy
 from s3blockfs.runtime import SystemRuntime
 
@@ -17,13 +18,9 @@ PATIENCE_S = 90.0
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "umount",
-        help="unmount, and wait until the daemon has finished",
-        description="Unmount DIR and wait until its daemon has published everything and ended.",
-    )
-    parser.add_argument("directory", metavar="DIR")
-    parser.set_defaults(run=run)
+    text = "Unmount DIR and wait until its daemon has published everything and ended."
+    summary = "unmount, and wait until the daemon has finished"
+    add_command(subparsers, "umount", run, summary, text, store=False).add_argument("directory", metavar="DIR")
 
 
 def run(namespace: argparse.Namespace) -> int:
