@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from s3blockfs.errors import DamagedObject, ObjectNotFound, StoreUnavailable
+from s3blockfs.errors import DamagedObject, ObjectNotFound, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import ObjectStore
@@ -130,7 +130,7 @@ class BlockCache:
                 try:
                     frame = view[address.pos - start : address.end - start]
                     data = decode_frame(frame, address, f"{self._store.name}/{key}")
-                except DamagedObject as error:
+                except S3BlockFSError as error:  # damaged, or of a newer format
                     frame_failure = error
             with self._lock:
                 future = self._inflight.pop(_Key(prefix, address.ref, address.pos), None)

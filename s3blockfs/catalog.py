@@ -54,6 +54,8 @@ class Entry:
     is_folder: bool
     size: int = 0
     modified_s: float = 0.0
+    shown_as: str | None = None
+    """The name in a listing, where it is another one than was asked for."""
 
 
 class Catalog:
@@ -85,7 +87,14 @@ class Catalog:
             return None
         version = self._head(prefix := join(self._root, path))
         if version is not None:
-            return None if version.head.deleted else _entry(prefix, version)
+            if version.head.deleted:
+                return None
+            entry, name = _entry(prefix, version), path.rpartition("/")[2]
+            if "." in name or version.head.name is not None:
+                return entry
+            exact = self._head(prefix + SHOWN_SUFFIX)
+            hidden = exact is not None and not exact.head.deleted
+            return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
         alias = _undotted(path)
         if alias is not None:
             version = self._head(prefix := join(self._root, alias))
@@ -200,12 +209,15 @@ class Catalog:
             current = self._open.get(database.prefix) is database  # not if it was deleted and made anew meanwhile
             if current:
                 del self._open[database.prefix]
-            if database.is_dirty or database.is_gone or not current:
+            if current and not database.is_gone:
+                self._heads[database.prefix] = (database.version, database.checked_s)
+            if not current or database.is_gone or (database.is_dirty and not database.in_doubt):
                 dropped.append(database)
-            else:
+            else:  # one in doubt stays closed to everybody until it is settled
                 self._idle[database.prefix] = database
-                while len(self._idle) > IDLE_KEPT:
-                    dropped.append(self._idle.popitem(last=False)[1])
+                settled = [idle for idle in self._idle.values() if not idle.in_doubt]
+                for idle in settled[: max(0, len(self._idle) - IDLE_KEPT)]:
+                    dropped.append(self._idle.pop(idle.prefix))
         for idle in dropped:
             idle.close()
 
@@ -334,7 +346,10 @@ class Catalog:
             return replace(head, floor=replaced.floor, counter=replaced.counter, snapshots=replaced.snapshots)
 
         try:
-            return heads.create(tombstone, make)
+            created = heads.create(tombstone, make)
+            if created.head.deleted:  # the answer was lost, and somebody was quick
+                raise DatabaseNotFound(f"{heads.prefix}: was deleted right after its creation")
+            return created
         except DatabaseExists:
             version = heads.read()
             if exclusive or version is None or version.head.deleted:

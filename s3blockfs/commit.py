@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -192,7 +193,8 @@ class Publisher:
 
     def _start_roll(self, head: Head) -> None:
         if self._rolling is None and _is_long(head.tail):
-            self._rolling = self._source.runtime.submit(partial(self._roll, head))
+            with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
+                self._rolling = self._source.runtime.submit(partial(self._roll, head))
 
     def _roll(self, head: Head) -> _Rolled:
         """Upload the commits of the tail as one segment: each stays separate, so every one can still be opened."""

@@ -35,7 +35,6 @@ from s3blockfs.errors import (
     OutcomeUnknown,
     ReadOnly,
     S3BlockFSError,
-    StoreError,
     StoreUnavailable,
 )
 from s3blockfs.head import Doubt, HeadFile, Unsettled
@@ -78,15 +77,17 @@ class Database:
         self._gate = threading.RLock()
         self._writing = threading.RLock()
         self._depth = 0
+        self._publishing = False
         self._moved = False
         self._mutex = threading.Lock()
         self._unloaded: Version | None = None
         self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), publisher.uploads)
-        self._checked = source.runtime.monotonic()
+        self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
         self._settling = False
         self._settle_after = 0.0
         self._discarding: Hashable | None = None
+        self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
         self._gone: str | None = None
         self._journal_images_committed = True
         self.locks = RangeLocks()
@@ -111,11 +112,6 @@ class Database:
         return self._view.snapshot.head.time_ms / 1000
 
     @property
-    def commit(self) -> bytes:
-        """The id of the commit that reads show, uncommitted bytes apart."""
-        return self._view.snapshot.head.commit
-
-    @property
     def is_dirty(self) -> bool:
         return self._view.is_dirty
 
@@ -124,7 +120,16 @@ class Database:
         return self._gone is not None
 
     @property
+    def is_publishing(self) -> bool:
+        return self._publishing
+
+    @property
+    def in_doubt(self) -> bool:
+        return self._doubt is not None
+
+    @property
     def version(self) -> Version:
+        """The state that reads show, uncommitted bytes apart."""
         return self._view.snapshot.version
 
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
@@ -140,7 +145,10 @@ class Database:
             self._require_writable()
             if self._discarding is not None:
                 return
-            self._refuse_wal(offset, data)
+            if (
+                header.sets_wal(offset, data) and self.locks.writers()
+            ):  # `PRAGMA journal_mode=WAL`: inside a transaction
+                raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
             self._view.write(offset, data)
 
     def truncate(self, size: int) -> None:
@@ -163,6 +171,8 @@ class Database:
             self._require_settled()
             if any(writer != pid for _, writer in self.locks.writers()):
                 raise OSError(errno.EBUSY, f"{self._label}: another process is in mid-transaction")
+            if self._abandoned:
+                raise StoreUnavailable(f"{self._label}: a handle was closed in mid-transaction; it is lost")
             if self._discarding is not None:
                 self._end_discard(remove_journal=False)
                 return
@@ -194,20 +204,17 @@ class Database:
         """
         self._require_settled()
         journal = self._journal()
-        if journal is not None and is_hot(journal.read(0, 1)) and self._discarding is None:
+        if journal is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
             name = super_journal(journal.read, journal.size)
-            if name is not None and foreign(name):
+            if name is not None and foreign(name) and self._discarding is None:
                 with self._changing():
                     self.finalise_journal(pid)
                     self._journal_images_committed = False
             return
-        self._publish_if_allowed(pid)
+        self.close_handle(pid)
 
     def close_handle(self, pid: int) -> None:
         """A handle that wrote is closing: what no transaction protects (`cp`, journal_mode=OFF) is published."""
-        self._publish_if_allowed(pid)
-
-    def _publish_if_allowed(self, pid: int) -> None:
         with self._changing():
             self._require_settled()
             if self._discarding is not None:
@@ -226,6 +233,7 @@ class Database:
                 self._shrink_to_header(finalising)
             if view.uploads is None:
                 return  # what was beyond the end was all there was
+            self._publishing = True
             published = self._publisher.publish(view.snapshot, view.dirty, view.uploads)
         except Unsettled as error:
             self._doubt = error.doubt
@@ -236,7 +244,9 @@ class Database:
             log.warning("%s: commit failed: %s", self._label, error)
             self._fail(remove_journal=False)
             raise
-        self._checked = self._source.runtime.monotonic()
+        finally:
+            self._publishing = False
+        self.checked_s = self._source.runtime.monotonic()
         self._adopt(published.version, published.snapshot)
         self._moved |= published.counter_set or published.snapshot is None
 
@@ -250,18 +260,11 @@ class Database:
 
     def _shrink_to_header(self, pid: int) -> None:
         """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""
-        if not any(
-            writer == pid and self.locks.level(owner) is Level.EXCLUSIVE for owner, writer in self.locks.writers()
-        ):
+        if pid not in [writer for owner, writer in self.locks.writers() if self.locks.level(owner) is Level.EXCLUSIVE]:
             return
         size = header.file_size(self.read(0, header.HEADER_BYTES))
         if size is not None and size < self.size:
             self.truncate(size)
-
-    def _refuse_wal(self, offset: int, data: bytes) -> None:
-        """`PRAGMA journal_mode=WAL` writes 2 into the header inside a transaction: that write fails."""
-        if header.sets_wal(offset, data) and self.locks.writers():
-            raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
 
     # --- locks -----------------------------------------------------------------------------------------
 
@@ -302,7 +305,7 @@ class Database:
                 return False
             if self._doubt is None and self._discarding is None:
                 self._view.drop()
-                self._discarding = owner
+                self._discarding, self._abandoned = owner, True
             return True
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
@@ -321,8 +324,7 @@ class Database:
                 self._end_discard(remove_journal=True)
 
     def refresh(self, max_age_s: float) -> None:
-        """Look for a newer head if the last look is older than this, and move to it. Not while anything is dirty, nor
-        while anybody here is inside a transaction."""
+        """Look for a newer head if the last look is older than this, and move to it if nobody is in a transaction."""
         with self._gate:
             self._refresh(max_age_s, None)
 
@@ -330,8 +332,10 @@ class Database:
         """For `owner`, whose transaction begins or was just dropped; everybody else's goes by what is shown."""
         with self._changing():
             self._require_settled()
+            if self._gone is not None and self.checked_s != float("inf"):
+                raise DatabaseGone(self._gone)  # a successor under its name is another database
             now = self._source.runtime.monotonic()
-            if now - self._checked < max_age_s or self._discarding is not None or self.is_dirty:
+            if now - self.checked_s < max_age_s or self._discarding is not None or self.is_dirty:
                 return
             if any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner):
                 return
@@ -341,9 +345,9 @@ class Database:
                 if self._config.refresh_s == 0:
                     raise
                 log.warning("%s: showing the last known state: %s", self._label, error)
-                self._checked = now - self._config.refresh_s + REFRESH_PAUSE_S
+                self.checked_s = now - self._config.refresh_s + REFRESH_PAUSE_S
                 return
-            self._checked = now
+            self.checked_s = now
             if version is not self._view.snapshot.version:
                 self._move(version)
 
@@ -354,9 +358,9 @@ class Database:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
             version = self._heads.read_if_changed(self._view.snapshot.version)
             if version.head.commit != self._view.snapshot.head.commit or version.head.id != self._view.snapshot.head.id:
-                self._checked = float("-inf")
+                self.checked_s = float("-inf")
                 raise Busy(f"{self._label}: changed elsewhere; read again")
-            self._checked = self._source.runtime.monotonic()
+            self.checked_s = self._source.runtime.monotonic()
 
     # --- states ----------------------------------------------------------------------------------------
 
@@ -378,11 +382,13 @@ class Database:
         with self._changing():
             self._view.drop()
             self._gone = f"{self._label}: was deleted"
-            self._checked = float("inf")  # a refresh would find the tombstone and fail reads
+            self.checked_s = float("inf")  # a refresh would find the tombstone and fail reads
 
     def close(self) -> None:
-        """Forget uncommitted bytes; nobody has it open."""
+        """Forget uncommitted bytes, and the journal that would undo them; nobody has it open."""
         with self._changing():
+            if self.is_dirty:
+                self._side_files.remove(self.path + JOURNAL_SUFFIX)
             self._view.close()
 
     def _require_settled(self) -> None:
@@ -415,17 +421,17 @@ class Database:
 
     def _end_discard(self, remove_journal: bool) -> None:
         """The writer let go: the committed state is what counts, wherever it is now."""
-        owner, self._discarding = self._discarding, None
+        owner, self._discarding, self._abandoned = self._discarding, None, False
         self._view.drop()
         if remove_journal:
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
-        self._checked = float("-inf")  # the next transaction looks again
+        self.checked_s = float("-inf")  # the next transaction looks again
         self._moved = True
         if owner is None:
             return  # without its lock or `_gate` a transaction may begin any moment
         try:
             self._refresh(0, owner)
-        except (StoreError, DatabaseGone) as error:
+        except S3BlockFSError as error:
             log.warning("%s: %s", self._label, error)
 
     def _settle_soon(self) -> None:
@@ -435,7 +441,10 @@ class Database:
                 return
             self._settling = True
             self._settle_after = now + SETTLE_EVERY_S
-        self._source.runtime.submit(self._settle)
+        try:
+            self._source.runtime.submit(self._settle)
+        except RuntimeError:  # no more threads: the next call tries again
+            self._settling = False
 
     def _settle(self) -> None:
         doubt = self._doubt
@@ -464,6 +473,8 @@ class Database:
             raise DatabaseGone(self._gone)
         self._adopt(version, Snapshot.load(self._source, version))
         self._moved = True
+        if self._journal_is_hot() and not self.locks.writers():  # its images would undo the commits of others
+            self._side_files.remove(self.path + JOURNAL_SUFFIX)
 
     def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
         """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
@@ -472,7 +483,7 @@ class Database:
         if snapshot is None:
             try:
                 snapshot = Snapshot.load(self._source, version)
-            except S3BlockFSError as error:
+            except (S3BlockFSError, RuntimeError) as error:  # RuntimeError: no more threads
                 log.warning("%s: %s", self._label, error)
         with self._mutex:
             if snapshot is None:

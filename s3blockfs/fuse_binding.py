@@ -154,6 +154,9 @@ class Operations:
     def destroy(self) -> None:
         """The mount is gone and no callback is running. An exception comes out of `mount`."""
 
+    def quiesce(self) -> None:
+        """A signal asked for the end: return when it may come. Requests are still answered meanwhile."""
+
     def opendir(self, path: str) -> None:
         """Refuse a directory here if need be."""
 
@@ -162,6 +165,7 @@ class Operations:
 
     getattr: Callable[[str | None, FileInfo | None], Attributes] | None = None
     """(path, handle or None). A directory must report st_nlink 1, or find(1) counts wrong."""
+    readlink: Callable[[str], str] | None = None
     readdir: Callable[[str], Iterable[tuple[str, Attributes | None]]] | None = None
     """Names with attributes; of these only the type travels (d_type), which spares readers a stat per name."""
     access: Callable[[str, int], None] | None = None
@@ -476,6 +480,7 @@ def mount(operations: Operations, mountpoint: str, *, options: Mapping[str, str 
         running = executor.submit(loop.run)
         running.add_done_callback(lambda _: events.put("ended"))
         if events.get() == "stop":
+            operations.quiesce()
             loop.stop()
         running.result()
 

@@ -38,8 +38,9 @@ from s3blockfs.fuse_binding import (
     context_pid,
 )
 from s3blockfs.journal import HEADER_BYTES, is_hot
-from s3blockfs.locks import TO_END, Kind
+from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.prefetch import Readahead
+from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
 from s3blockfs.telemetry import FUSE_LOGGER
 
@@ -48,6 +49,9 @@ log = logging.getLogger(FUSE_LOGGER)
 #: statfs: S3 has no end, so say 1 PiB, in blocks of this size.
 STATFS_BLOCK_BYTES = 4096
 STATFS_BLOCKS = 2**50 // STATFS_BLOCK_BYTES
+
+#: How long a daemon that was asked to end waits for applications to end their write transactions.
+QUIESCE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -76,10 +80,14 @@ class _Handle:
 class FileSystem(Operations):
     """One mount."""
 
-    def __init__(self, catalog: Catalog, config: Config, mountpoint: str, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, catalog: Catalog, config: Config, runtime: Runtime, mountpoint: str, on_ready: Callable[[], None]
+    ) -> None:
         """`on_ready` is called once, on a thread of its own, when the mount answers."""
         self._catalog = catalog
         self._config = config
+        self._runtime = runtime
+        self._ending = False
         self._mountpoint = os.path.realpath(mountpoint)
         self._on_ready = on_ready
         self._lock = threading.Lock()
@@ -87,6 +95,17 @@ class FileSystem(Operations):
         self._numbers = count(1)
         self._shown: dict[Database, _Shown] = {}
         self._owner = {"st_uid": os.getuid(), "st_gid": os.getgid()}
+
+    def quiesce(self) -> None:
+        """Let transactions that are open end, for a while, and commits that are under way in any case: SQLite takes the
+        failure of the unlock that follows a commit for a failure of the commit."""
+        self._ending = True
+        waited_s = 0.0
+        while any(database.is_publishing for database in self._catalog.opened()) or (
+            waited_s < QUIESCE_S and any(database.locks.writers() for database in self._catalog.opened())
+        ):
+            self._runtime.sleep(0.05)
+            waited_s += 0.05
 
     def init(self) -> None:
         threading.Thread(target=self._announce, name="s3blockfs-ready", daemon=True).start()
@@ -121,12 +140,20 @@ class FileSystem(Operations):
                 raise _no_entry(path)
             return self._side_attributes(side)
         database = self._catalog.opened_at(path[1:])
-        if database is not None and self._is_open(database) and not database.is_gone:
+        by_shown_name = "." in path.rpartition("/")[2] or (database and database.version.head.name is not None)
+        if database is not None and by_shown_name and self._is_open(database) and not database.is_gone:
             return self._file_attributes(database.size, database.modified_s)
         entry = self._catalog.lookup(path[1:])
         if entry is None:
             raise _no_entry(path)
         return self._attributes(entry)
+
+    def readlink(self, path: str) -> str:
+        """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
+        entry = self._catalog.lookup(path[1:])
+        if entry is None or entry.shown_as is None:
+            raise OSError(errno.EINVAL, f"{path}: not a link")
+        return entry.shown_as
 
     def readdir(self, path: str) -> Iterable[tuple[str, Attributes | None]]:
         folder = path.strip("/")
@@ -205,6 +232,7 @@ class FileSystem(Operations):
             if offset == 0 and handle.path.endswith(JOURNAL_SUFFIX):
                 side_path = self._side_path(handle.path)
                 if not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
+                    self._require_linked(handle.path, handle.side)
                     self._before_finalising(handle.path, side_path)  # journal_mode=PERSIST zeroes the header
                 elif is_hot(data[:1]) and (database := self._catalog.opened_at(_database_of(side_path))):
                     database.journal_begins()
@@ -257,6 +285,8 @@ class FileSystem(Operations):
                 for other in self._handles.values():
                     if other.database is database and info.lock_owner in other.owners:
                         other.failed = True
+            if handle.wrote:  # not SQLite, which unlocks before it closes: do not let it think that it was written
+                raise OSError(errno.EIO, f"{handle.path}: closed in the middle of a transaction, which is lost")
             return
         self._require_sound(handle)
         if handle.wrote:
@@ -270,8 +300,10 @@ class FileSystem(Operations):
                 shown = self._shown[database]
                 shown.handles -= 1
                 if shown.handles == 0:
+                    known = shown.inode is not None and not shown.stale and not database.is_dirty
+                    shown.pages_of = database.version.head.commit if known else None
                     shown.inode = None  # the kernel may forget it now, and give the number away
-                    shown.pages_of = None if database.is_dirty else database.commit
+                    shown.stale = False
                     if database.is_gone:
                         del self._shown[database]
         if database is not None:
@@ -303,6 +335,8 @@ class FileSystem(Operations):
                 lock.l_start, lock.l_pid = conflict.start, conflict.pid
                 lock.l_len = 0 if conflict.end == TO_END else conflict.end - conflict.start + 1
             return
+        if self._ending and kind is Kind.WRITE and database.locks.level(owner) < Level.RESERVED:
+            raise OSError(errno.EAGAIN, "the mount is ending")
         handle.owners.add(owner)
         if command == F_SETLKW:
             database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
@@ -334,8 +368,15 @@ class FileSystem(Operations):
 
     def _truncate_side(self, path: str, side: SideFile, length: int) -> None:
         if length == 0:
+            self._require_linked(path, side)
             self._before_finalising(path, self._side_path(path))
         side.truncate(length)
+
+    @staticmethod
+    def _require_linked(path: str, side: SideFile) -> None:
+        """Finalising a journal that was removed commits nothing: its transaction was given up meanwhile."""
+        if not side.linked:
+            raise OSError(errno.EIO, f"{path}: was removed; its transaction is lost")
 
     def _before_finalising(self, path: str, side_path: str) -> None:
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
@@ -363,8 +404,9 @@ class FileSystem(Operations):
         with self._lock:
             shown = self._shown.setdefault(database, _Shown())
             shown.handles += 1
-            info.keep_cache = int(not shown.stale and (shown.handles > 1 or shown.pages_of == database.commit))
-            shown.stale = False  # an open without keep_cache drops the pages of every handle
+            # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
+            current = shown.inode is not None or shown.pages_of == database.version.head.commit
+            info.keep_cache = int(current and not shown.stale)
             database.on_moved = partial(self._invalidate, database)
             self._shown = {d: s for d, s in self._shown.items() if s.handles or d is self._catalog.opened_at(d.path)}
         return self._add_handle(info, _Handle(path, database, None, self._readahead()))
@@ -385,26 +427,34 @@ class FileSystem(Operations):
         shown = self._shown[handle.database]
         if shown.inode is None and not handle.database.is_gone:
             try:
-                shown.inode = self.mounted.inode(handle.path)
+                inode = self.mounted.inode(handle.path)
             except FileNotFoundError:
                 log.debug("%s: unlinked while open", handle.path)
+                return
             except OSError as error:
                 if error.errno != errno.ENOTCONN:  # the mount is ending: there is nothing to invalidate any more
                     raise
+                return
+            with self._lock:
+                shown.inode = inode
+                stale, shown.stale = shown.stale, False
+            if stale:  # also when the last open dropped the pages: its answer may still be on its way
+                self._invalidate(handle.database)
 
     def _invalidate(self, database: Database) -> None:
         """Drop the kernel's pages and attributes of a database."""
         shown = self._shown.get(database)
         if shown is None:
             return
-        if shown.inode is not None:
+        with self._lock:
+            inode = shown.inode
+            shown.stale = inode is None
+        if inode is not None:
             try:
-                self.mounted.invalidate_inode(shown.inode)
+                self.mounted.invalidate_inode(inode)
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
-        else:
-            shown.stale = True
 
     def _readahead(self) -> Readahead:
         return Readahead(self._config.readahead_size)
@@ -413,6 +463,8 @@ class FileSystem(Operations):
         if entry.is_folder:
             mode = stat.S_IFDIR | (0o500 if self._config.read_only else 0o700)
             return {"st_mode": mode, "st_nlink": 1, "st_size": 0, **self._owner}
+        if entry.shown_as is not None:
+            return {"st_mode": stat.S_IFLNK | 0o777, "st_nlink": 1, "st_size": len(entry.shown_as), **self._owner}
         return self._file_attributes(entry.size, entry.modified_s)
 
     def _file_attributes(self, size: int, modified_s: float) -> Attributes:

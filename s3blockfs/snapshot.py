@@ -272,5 +272,8 @@ def _load_indexes(source: Source, segments: Sequence[Segment]) -> list[Index]:
     futures = []
     for segment in segments[1:]:
         futures.append(source.runtime.submit(lambda segment=segment: source.load_index(segment)))  # type: ignore[misc]
-    first = [source.load_index(segment) for segment in segments[:1]]
-    return first + [future.result() for future in futures]
+    result = [source.load_index(segment) for segment in segments[:1]]
+    for segment, future in zip(segments[1:], futures, strict=True):
+        # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.
+        result.append(source.load_index(segment) if future.cancel() else future.result())
+    return result
