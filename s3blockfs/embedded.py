@@ -129,13 +129,15 @@ class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
             with self._locked():
-                self._users = self._open("users")
-                fcntl.flock(self._users, fcntl.LOCK_SH)
+                users = self._open("users")
                 try:
+                    fcntl.flock(users, fcntl.LOCK_SH)
                     self._state = self._ready(self._load())
-                except BaseException:
-                    self._drop()
-                    raise
+                    self._users = users
+                finally:
+                    if self._users is None:
+                        os.close(users)
+                        self._stop_if_unused()
         except OSError as error:
             raise EnvironmentProblem(
                 f"{self.directory}: no place for an S3 server ({error.strerror}); name a directory to write in"
@@ -162,14 +164,13 @@ class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
         """Stop using the server; the last user stops it. Idempotent."""
         if self._users is None:
             return
+        os.close(self._users)  # not LOCK_UN: a forked child that shares this lock keeps it
+        self._users = None
         try:
             with self._locked():
-                self._drop()
+                self._stop_if_unused()
         except FileNotFoundError:  # the directory was deleted, so nobody can join and stop it later
-            self._release()
             self._stop(self._state)
-        finally:
-            self._release()
 
     def __exit__(self, *_: object) -> None:
         self.leave()
@@ -188,14 +189,8 @@ class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
         finally:
             os.close(lock)
 
-    def _release(self) -> None:
-        if self._users is not None:
-            os.close(self._users)  # not LOCK_UN: a forked child that shares this lock keeps it
-            self._users = None
-
-    def _drop(self) -> None:
-        """Under the lock: leave, and stop the server unless it has another user."""
-        self._release()
+    def _stop_if_unused(self) -> None:
+        """Under the lock."""
         users = self._open("users")
         try:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
+import fcntl
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import pytest
 
 import s3blockfs
 from s3blockfs import errors, telemetry
-from s3blockfs.cli import doctor_cmd, main, options
+from s3blockfs.cli import doctor_cmd, main, mount_cmd, options
 from s3blockfs.config import Config
 from s3blockfs.objectstore import MemoryStore
 from s3blockfs.runtime import SystemRuntime
@@ -272,6 +273,22 @@ def test_nothing_slow_is_imported_before_a_command_runs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "set()\n"
+
+
+# --- umount -------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_served_until_the_daemon_has_ended(tmp_path: Path) -> None:
+    """What umount waits for, whoever started the daemon; a directory that is gone is served by nobody."""
+    assert not mount_cmd.is_served(tmp_path)
+    daemon = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(daemon, fcntl.LOCK_SH)
+        assert mount_cmd.is_served(tmp_path)
+    finally:
+        os.close(daemon)
+    assert not mount_cmd.is_served(tmp_path)
+    assert not mount_cmd.is_served(tmp_path / "gone")
 
 
 # --- telemetry ----------------------------------------------------------------------------------------

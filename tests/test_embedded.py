@@ -252,7 +252,7 @@ def test_a_recorded_pid_that_is_another_process_is_not_touched(tmp_path: Path) -
                 assert server.pid != other.pid
             (directory / "server.json").write_text(json.dumps(forged))
             assert not server.alive
-            server._drop()  # what the last user does
+            server.leave()
             assert other.poll() is None
         finally:
             other.kill()
