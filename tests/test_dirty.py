@@ -19,7 +19,9 @@ from s3blockfs.dirty import Dirty, Range, spill_folder
 
 BLOCK = 16
 LIMIT = 6 * BLOCK
-OFFSETS = st.integers(0, LIMIT)
+HALVES = range(0, LIMIT + 1, BLOCK // 2)
+OFFSETS = st.integers(0, LIMIT) | st.sampled_from(HALVES)  # halves of blocks, so that ranges often touch
+DATA = st.binary(min_size=1, max_size=3 * BLOCK) | st.sampled_from(HALVES[1:6]).map(lambda n: b"x" * n)
 
 
 def joined(offsets: set[int]) -> list[Range]:
@@ -45,14 +47,14 @@ class Model(RuleBasedStateMachine):
         self.dirty = Dirty(gettempdir(), BLOCK, size)
         self.committed = self.size = self.cut = size
 
-    @rule(offset=OFFSETS, data=st.binary(max_size=3 * BLOCK))
+    @rule(offset=OFFSETS, data=DATA | st.just(b""))
     def write(self, offset: int, data: bytes) -> None:
         self.dirty.write(offset, data)
         self.written.update((offset + i, {byte}) for i, byte in enumerate(data))
         if data:
             self.size = max(self.size, offset + len(data))
 
-    @rule(offset=OFFSETS, data=st.binary(min_size=1, max_size=3 * BLOCK), done=st.integers(0, 3 * BLOCK))
+    @rule(offset=OFFSETS, data=DATA, done=st.integers(0, 3 * BLOCK))
     def write_without_space(self, offset: int, data: bytes, done: int) -> None:
         """The spill folder fills up in the middle of a write: nothing counts as written that was not before."""
         real = os.pwrite
@@ -155,6 +157,16 @@ def test_sizes_of_a_database(writes: list[tuple[int, int]], seed: int) -> None:
         assert all(dirty.read(low, high) == model[low:high] for low, high in rows)
     finally:
         dirty.close()
+
+
+@pytest.mark.parametrize("parts", [(0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 3), (1, 3, 0, 2)])
+def test_parts_that_touch_make_a_whole(parts: tuple[int, ...], make: Callable[..., Dirty]) -> None:
+    """A block written page by page, in any order, is whole with the last page: then it can be uploaded as a block."""
+    dirty = make()
+    for count, part in enumerate(parts):
+        assert not dirty.is_whole(2) and not dirty.is_full(2), count
+        dirty.write(2 * 4096 + part * 1024, b"p" * 1024)
+    assert dirty.is_whole(2) and dirty.is_full(2)
 
 
 def test_nothing_is_left_in_the_spill_folder(make: Callable[..., Dirty], tmp_path: Path) -> None:
