@@ -25,7 +25,7 @@ from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.dirty import spill_folder
-from s3blockfs.errors import DatabaseExists, DatabaseNotFound, ReadOnly
+from s3blockfs.errors import DamagedObject, DatabaseExists, DatabaseNotFound, NewerFormat, ReadOnly
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
@@ -126,7 +126,14 @@ class Catalog:
             else:
                 unclear[name] = self._runtime.submit(partial(self._head, prefix))
         for name, future in unclear.items():
-            version = future.result()
+            try:
+                version = future.result()
+            except (
+                DamagedObject,
+                NewerFormat,
+            ):  # perhaps no head at all; using it says what is wrong, listing does not
+                found[name] = Entry(start + name, is_folder=False)
+                continue
             self._probed[start + name] = version is not None
             if version is None:
                 found[name] = Entry(start + name, is_folder=True)
