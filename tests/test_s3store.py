@@ -1,7 +1,4 @@
-"""`S3Store` through the fault proxy, fault by fault, in front of a real SeaweedFS.
-
-Answers of AWS that no server at hand gives come from the SDK's own stubber.
-"""
+"""`S3Store` through the fault proxy, fault by fault, in front of a real SeaweedFS."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ import boto3
 import pytest
 import urllib3.connectionpool
 from botocore.config import Config
-from botocore.stub import Stubber
 from proxy import Fault, FaultProxy, Request
+from servers import BUCKET, DEADLINE_S, SECRET, connect, without_aws
 
 from s3blockfs import s3store
 from s3blockfs.errors import (
@@ -34,15 +31,11 @@ from s3blockfs.errors import (
     StoreUnavailable,
     UsageError,
 )
-from s3blockfs.runtime import SystemRuntime
 from s3blockfs.s3store import S3Store
 from s3blockfs.telemetry import STORE_LOGGER
 
-BUCKET = "s3store-tests"
-DEADLINE_S = 3.0
 #: What a call may take beyond its deadline on a busy machine.
 GRACE_S = 1.0
-SECRET = "a-Secret-that-must-never-be-seen"
 BIG = bytes(range(256)) * 4096 * 2
 
 pytestmark = pytest.mark.s3
@@ -78,25 +71,7 @@ def key(store: S3Store) -> str:
 @pytest.fixture
 def no_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An environment in which boto3 finds nothing."""
-    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE", "REGION", "DEFAULT_REGION"):
-        monkeypatch.delenv(f"AWS_{name}", raising=False)
-    for name in ("ENDPOINT_URL", "ENDPOINT_URL_S3"):
-        monkeypatch.delenv(f"AWS_{name}", raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    return monkeypatch
-
-
-def connect(url: str, endpoint: Any = None, **settings: Any) -> S3Store:
-    keys = {"access_key": "KEY", "secret_key": SECRET}
-    if endpoint is not None:
-        keys = {"access_key": endpoint.access_key, "secret_key": endpoint.secret_key}
-    return S3Store(
-        **{"bucket": BUCKET, "runtime": SystemRuntime(), "endpoint_url": url, "request_deadline_s": DEADLINE_S}
-        | keys
-        | settings
-    )
+    return without_aws(monkeypatch)
 
 
 def first(count: int, fault: Fault, method: str = "") -> Callable[[Request], Fault | None]:
@@ -499,23 +474,6 @@ def test_server_time(proxy: FaultProxy, store: S3Store, seaweed_endpoint: Any) -
     fresh.close()
 
 
-@pytest.mark.parametrize(
-    ("argument", "variable", "expected"),
-    [
-        ("http://127.0.0.1:9", None, "http://127.0.0.1:9/some-bucket/k"),
-        (None, "http://127.0.0.1:9", "http://127.0.0.1:9/some-bucket/k"),
-        (None, None, "https://some-bucket.s3.amazonaws.com/k"),
-    ],
-)
-def test_addressing(no_aws: pytest.MonkeyPatch, argument: str | None, variable: str | None, expected: str) -> None:
-    if variable:
-        no_aws.setenv("AWS_ENDPOINT_URL", variable)
-    store = S3Store("some-bucket", runtime=SystemRuntime(), endpoint_url=argument, access_key="K", secret_key=SECRET)
-    url = store._client.generate_presigned_url("get_object", Params={"Bucket": "some-bucket", "Key": "k"})
-    assert url.partition("?")[0] == expected
-    store.close()
-
-
 def test_loopback_is_not_asked_through_a_system_wide_proxy(
     store: S3Store, proxy: FaultProxy, seaweed_endpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,127 +483,6 @@ def test_loopback_is_not_asked_through_a_system_wide_proxy(
     fresh = connect(proxy.url, seaweed_endpoint)
     fresh.check_bucket()
     fresh.close()
-
-
-# --- the bucket ---------------------------------------------------------------------------------------
-
-
-def test_buckets(store: S3Store, proxy: FaultProxy, seaweed_endpoint: Any) -> None:
-    fresh = connect(proxy.url, seaweed_endpoint, bucket=f"fresh-{uuid.uuid4().hex[:8]}")
-    with pytest.raises(BucketNotFound, match="create it"):
-        fresh.check_bucket()
-    with pytest.raises(BucketNotFound):
-        fresh.get("k", site="test")
-    fresh.create_bucket()
-    fresh.create_bucket()
-    fresh.check_bucket()
-    assert fresh.bucket_findings() == []
-    fresh._client.put_bucket_versioning(Bucket=fresh.bucket, VersioningConfiguration={"Status": "Enabled"})
-    assert ["versioning" in finding for finding in fresh.bucket_findings()] == [True]
-    fresh._client.delete_bucket(Bucket=fresh.bucket)
-    fresh.close()
-
-
-def test_a_bucket_that_belongs_to_others(store: S3Store, proxy: FaultProxy) -> None:
-    proxy.rule = lambda request: Fault(status=409, code="BucketAlreadyExists")
-    with pytest.raises(StoreRefused, match="another bucket name"):
-        store.create_bucket()
-    assert len(proxy.requests) == 1
-
-
-def test_findings_of_a_store_without_such_settings(store: S3Store, proxy: FaultProxy) -> None:
-    proxy.rule = lambda request: Fault(status=501, code="NotImplemented")
-    assert store.bucket_findings() == []
-    proxy.rule = lambda request: Fault(status=403, code="AccessDenied")
-    assert len(store.bucket_findings()) == 3
-    assert all("not allowed" in finding for finding in store.bucket_findings())
-
-
-@pytest.fixture
-def stubbed(no_aws: pytest.MonkeyPatch) -> Iterator[tuple[S3Store, Stubber]]:
-    """A store whose answers are written down in the test and checked by the SDK against the model of S3."""
-    store = connect("http://127.0.0.1:1")
-    with Stubber(store._client) as stubber:
-        yield store, stubber
-    stubber.assert_no_pending_responses()
-    store.close()
-
-
-def findings(stubbed: tuple[S3Store, Stubber], rule: dict[str, Any], versioning: str, lock: dict[str, Any]) -> str:
-    store, stubber = stubbed
-    rules = [{"ID": "r", "Status": "Enabled", "Filter": {}, **rule}] if rule else []
-    stubber.add_response("get_bucket_lifecycle_configuration", {"Rules": rules})
-    stubber.add_response("get_bucket_versioning", {"Status": versioning} if versioning else {})
-    stubber.add_response("get_object_lock_configuration", {"ObjectLockConfiguration": lock} if lock else {})
-    return " | ".join(store.bucket_findings("app/db"))
-
-
-@pytest.mark.parametrize(
-    ("rule", "versioning", "lock", "says"),
-    [
-        ({}, "", {}, None),
-        ({"Expiration": {"Days": 3}}, "", {}, "will destroy databases"),
-        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "app/"}}, "", {}, "rule r deletes objects"),
-        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "app/db/data/"}}, "", {}, "rule r deletes objects"),
-        ({"Expiration": {"Days": 3}, "Filter": {"And": {"Prefix": "app/"}}}, "", {}, "rule r deletes objects"),
-        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "logs/"}}, "", {}, None),
-        ({"Expiration": {"Days": 3}, "Filter": {"Tag": {"Key": "a", "Value": "b"}}}, "", {}, None),
-        ({"Expiration": {"Days": 3}, "Status": "Disabled"}, "", {}, None),
-        ({"Expiration": {"ExpiredObjectDeleteMarker": True}}, "", {}, None),
-        ({"Transitions": [{"Days": 1, "StorageClass": "GLACIER"}]}, "", {}, "moves objects to GLACIER"),
-        ({"Transitions": [{"Days": 1, "StorageClass": "INTELLIGENT_TIERING"}]}, "", {}, None),
-        ({}, "Enabled", {}, "expire noncurrent versions"),
-        ({}, "Suspended", {}, None),
-        ({"NoncurrentVersionExpiration": {"NoncurrentDays": 1}}, "Enabled", {}, None),
-        ({}, "", {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Days": 9}}}, "Object Lock"),
-        ({}, "", {"ObjectLockEnabled": "Enabled"}, None),
-    ],
-)
-def test_findings(
-    stubbed: tuple[S3Store, Stubber], rule: dict[str, Any], versioning: str, lock: dict[str, Any], says: str | None
-) -> None:
-    text = findings(stubbed, rule, versioning, lock)
-    assert text == "" if says is None else says in text and text.startswith(f"s3://{BUCKET}: ")
-
-
-def test_creating_a_bucket_that_is_ours_already_is_no_error(stubbed: tuple[S3Store, Stubber]) -> None:
-    store, stubber = stubbed
-    stubber.add_client_error("create_bucket", "BucketAlreadyOwnedByYou", http_status_code=409)
-    store.create_bucket()
-
-
-def deletion(*keys: str) -> dict[str, Any]:
-    return {"Bucket": BUCKET, "Delete": {"Objects": [{"Key": key} for key in keys], "Quiet": True}}
-
-
-def test_only_the_keys_that_failed_are_deleted_again(stubbed: tuple[S3Store, Stubber]) -> None:
-    store, stubber = stubbed
-    failed = {"Errors": [{"Key": "b", "Code": "InternalError"}, {"Key": "c", "Code": "NoSuchKey"}]}
-    stubber.add_response("delete_objects", failed, deletion("a", "b", "c"))
-    stubber.add_response("delete_object", {}, {"Bucket": BUCKET, "Key": "b"})
-    stubber.add_client_error("delete_object", "NoSuchKey", http_status_code=404)
-    store.delete(["a", "b", "c"], site="test")
-
-
-@pytest.mark.parametrize(
-    ("code", "status", "expected"), [("AccessDenied", 403, AccessDenied), ("Odd", 400, StoreRefused)]
-)
-def test_a_deletion_that_fails_names_the_key(
-    stubbed: tuple[S3Store, Stubber], code: str, status: int, expected: type[StoreError]
-) -> None:
-    store, stubber = stubbed
-    stubber.add_response("delete_objects", {"Errors": [{"Key": "b", "Code": code}]}, deletion("a", "b"))
-    stubber.add_client_error("delete_object", code, http_status_code=status)
-    with pytest.raises(expected, match=f"s3://{BUCKET}/b: "):
-        store.delete(["a", "b"], site="test")
-
-
-def test_a_list_that_does_not_advance(stubbed: tuple[S3Store, Stubber]) -> None:
-    store, stubber = stubbed
-    for _ in range(2):
-        stubber.add_response("list_objects_v2", {"IsTruncated": True, "NextContinuationToken": "same"})
-    with pytest.raises(StoreRefused, match="does not advance"):
-        list(store.list("p", site="test"))
 
 
 def test_an_object_that_grows_between_two_looks_at_its_end(store: S3Store, proxy: FaultProxy, key: str) -> None:

@@ -1,0 +1,163 @@
+"""`S3Store` on buckets, their settings and many keys: mostly answers of AWS, from the SDK's own stubber."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from botocore.stub import Stubber
+from proxy import Fault, FaultProxy
+from servers import BUCKET, SECRET, connect, without_aws
+
+from s3blockfs.errors import AccessDenied, BucketNotFound, StoreError, StoreRefused
+from s3blockfs.runtime import SystemRuntime
+from s3blockfs.s3store import S3Store
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def store(proxy: FaultProxy, seaweed_endpoint: Any) -> Iterator[S3Store]:
+    through_proxy = connect(proxy.url, seaweed_endpoint)
+    yield through_proxy
+    through_proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "expected"),
+    [
+        ("http://127.0.0.1:9", None, "http://127.0.0.1:9/some-bucket/k"),
+        (None, "http://127.0.0.1:9", "http://127.0.0.1:9/some-bucket/k"),
+        (None, None, "https://some-bucket.s3.amazonaws.com/k"),
+    ],
+)
+def test_addressing(monkeypatch: pytest.MonkeyPatch, argument: str | None, variable: str | None, expected: str) -> None:
+    """Path style wherever an endpoint is named, virtual hosts on AWS."""
+    without_aws(monkeypatch)
+    if variable:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
+    store = S3Store("some-bucket", runtime=SystemRuntime(), endpoint_url=argument, access_key="K", secret_key=SECRET)
+    url = store._client.generate_presigned_url("get_object", Params={"Bucket": "some-bucket", "Key": "k"})
+    assert url.partition("?")[0] == expected
+    store.close()
+
+
+def test_buckets(proxy: FaultProxy, seaweed_endpoint: Any) -> None:
+    fresh = connect(proxy.url, seaweed_endpoint, bucket=f"fresh-{uuid.uuid4().hex[:8]}")
+    with pytest.raises(BucketNotFound, match="create it"):
+        fresh.check_bucket()
+    with pytest.raises(BucketNotFound):
+        fresh.get("k", site="test")
+    fresh.create_bucket()
+    fresh.create_bucket()
+    fresh.check_bucket()
+    assert fresh.bucket_findings() == []
+    fresh._client.put_bucket_versioning(Bucket=fresh.bucket, VersioningConfiguration={"Status": "Enabled"})
+    assert ["versioning" in finding for finding in fresh.bucket_findings()] == [True]
+    fresh._client.delete_bucket(Bucket=fresh.bucket)
+    fresh.close()
+
+
+def test_a_bucket_that_belongs_to_others(store: S3Store, proxy: FaultProxy) -> None:
+    proxy.rule = lambda request: Fault(status=409, code="BucketAlreadyExists")
+    with pytest.raises(StoreRefused, match="another bucket name"):
+        store.create_bucket()
+    assert len(proxy.requests) == 1
+
+
+def test_findings_of_a_store_without_such_settings(store: S3Store, proxy: FaultProxy) -> None:
+    proxy.rule = lambda request: Fault(status=501, code="NotImplemented")
+    assert store.bucket_findings() == []
+    proxy.rule = lambda request: Fault(status=403, code="AccessDenied")
+    assert len(store.bucket_findings()) == 3
+    assert all("not allowed" in finding for finding in store.bucket_findings())
+
+
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[S3Store, Stubber]]:
+    """A store whose answers are written down in the test and checked by the SDK against the model of S3."""
+    without_aws(monkeypatch)
+    store = connect("http://127.0.0.1:1")
+    with Stubber(store._client) as stubber:
+        yield store, stubber
+    stubber.assert_no_pending_responses()
+    store.close()
+
+
+def findings(stubbed: tuple[S3Store, Stubber], rule: dict[str, Any], versioning: str, lock: dict[str, Any]) -> str:
+    store, stubber = stubbed
+    rules = [{"ID": "r", "Status": "Enabled", "Filter": {}, **rule}] if rule else []
+    stubber.add_response("get_bucket_lifecycle_configuration", {"Rules": rules})
+    stubber.add_response("get_bucket_versioning", {"Status": versioning} if versioning else {})
+    stubber.add_response("get_object_lock_configuration", {"ObjectLockConfiguration": lock} if lock else {})
+    return " | ".join(store.bucket_findings("app/db"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "versioning", "lock", "says"),
+    [
+        ({}, "", {}, None),
+        ({"Expiration": {"Days": 3}}, "", {}, "will destroy databases"),
+        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "app/"}}, "", {}, "rule r deletes objects"),
+        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "app/db/data/"}}, "", {}, "rule r deletes objects"),
+        ({"Expiration": {"Days": 3}, "Filter": {"And": {"Prefix": "app/"}}}, "", {}, "rule r deletes objects"),
+        ({"Expiration": {"Days": 3}, "Filter": {"Prefix": "logs/"}}, "", {}, None),
+        ({"Expiration": {"Days": 3}, "Filter": {"Tag": {"Key": "a", "Value": "b"}}}, "", {}, None),
+        ({"Expiration": {"Days": 3}, "Status": "Disabled"}, "", {}, None),
+        ({"Expiration": {"ExpiredObjectDeleteMarker": True}}, "", {}, None),
+        ({"Transitions": [{"Days": 1, "StorageClass": "GLACIER"}]}, "", {}, "moves objects to GLACIER"),
+        ({"Transitions": [{"Days": 1, "StorageClass": "INTELLIGENT_TIERING"}]}, "", {}, None),
+        ({}, "Enabled", {}, "expire noncurrent versions"),
+        ({}, "Suspended", {}, None),
+        ({"NoncurrentVersionExpiration": {"NoncurrentDays": 1}}, "Enabled", {}, None),
+        ({}, "", {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Days": 9}}}, "Object Lock"),
+        ({}, "", {"ObjectLockEnabled": "Enabled"}, None),
+    ],
+)
+def test_findings(
+    stubbed: tuple[S3Store, Stubber], rule: dict[str, Any], versioning: str, lock: dict[str, Any], says: str | None
+) -> None:
+    text = findings(stubbed, rule, versioning, lock)
+    assert text == "" if says is None else says in text and text.startswith(f"s3://{BUCKET}: ")
+
+
+def test_creating_a_bucket_that_is_ours_already_is_no_error(stubbed: tuple[S3Store, Stubber]) -> None:
+    store, stubber = stubbed
+    stubber.add_client_error("create_bucket", "BucketAlreadyOwnedByYou", http_status_code=409)
+    store.create_bucket()
+
+
+def deletion(*keys: str) -> dict[str, Any]:
+    return {"Bucket": BUCKET, "Delete": {"Objects": [{"Key": key} for key in keys], "Quiet": True}}
+
+
+def test_only_the_keys_that_failed_are_deleted_again(stubbed: tuple[S3Store, Stubber]) -> None:
+    store, stubber = stubbed
+    failed = {"Errors": [{"Key": "b", "Code": "InternalError"}, {"Key": "c", "Code": "NoSuchKey"}]}
+    stubber.add_response("delete_objects", failed, deletion("a", "b", "c"))
+    stubber.add_response("delete_object", {}, {"Bucket": BUCKET, "Key": "b"})
+    stubber.add_client_error("delete_object", "NoSuchKey", http_status_code=404)
+    store.delete(["a", "b", "c"], site="test")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "expected"), [("AccessDenied", 403, AccessDenied), ("Odd", 400, StoreRefused)]
+)
+def test_a_deletion_that_fails_names_the_key(
+    stubbed: tuple[S3Store, Stubber], code: str, status: int, expected: type[StoreError]
+) -> None:
+    store, stubber = stubbed
+    stubber.add_response("delete_objects", {"Errors": [{"Key": "b", "Code": code}]}, deletion("a", "b"))
+    stubber.add_client_error("delete_object", code, http_status_code=status)
+    with pytest.raises(expected, match=f"s3://{BUCKET}/b: "):
+        store.delete(["a", "b"], site="test")
+
+
+def test_a_list_that_does_not_advance(stubbed: tuple[S3Store, Stubber]) -> None:
+    store, stubber = stubbed
+    for _ in range(2):
+        stubber.add_response("list_objects_v2", {"IsTruncated": True, "NextContinuationToken": "same"})
+    with pytest.raises(StoreRefused, match="does not advance"):
+        list(store.list("p", site="test"))
