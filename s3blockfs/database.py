@@ -77,7 +77,7 @@ class Database:
         self._gate = threading.RLock()
         self._writing = threading.RLock()
         self._depth = 0
-        self._publishing = False
+        self.publishing = False
         self._moved = False
         self._mutex = threading.Lock()
         self._unloaded: Version | None = None
@@ -91,15 +91,12 @@ class Database:
         self._gone: str | None = None
         self._journal_images_committed = True
         self.locks = RangeLocks()
+        self.prefix = source.prefix
         self.path = path
         self.on_moved: Callable[[], None] = lambda: None
         """Called when cached copies of any byte may be stale."""
 
     # --- looking ---------------------------------------------------------------------------------------
-
-    @property
-    def prefix(self) -> str:
-        return self._source.prefix
 
     @property
     def size(self) -> int:
@@ -118,10 +115,6 @@ class Database:
     @property
     def is_gone(self) -> bool:
         return self._gone is not None
-
-    @property
-    def is_publishing(self) -> bool:
-        return self._publishing
 
     @property
     def in_doubt(self) -> bool:
@@ -233,7 +226,7 @@ class Database:
                 self._shrink_to_header(finalising)
             if view.uploads is None:
                 return  # what was beyond the end was all there was
-            self._publishing = True
+            self.publishing = True
             published = self._publisher.publish(view.snapshot, view.dirty, view.uploads)
         except Unsettled as error:
             self._doubt = error.doubt
@@ -245,7 +238,7 @@ class Database:
             self._fail(remove_journal=False)
             raise
         finally:
-            self._publishing = False
+            self.publishing = False
         self.checked_s = self._source.runtime.monotonic()
         self._adopt(published.version, published.snapshot)
         self._moved |= published.counter_set or published.snapshot is None

@@ -100,12 +100,15 @@ class FileSystem(Operations):
         """Let transactions that are open end, for a while, and commits that are under way in any case: SQLite takes the
         failure of the unlock that follows a commit for a failure of the commit."""
         self._ending = True
-        waited_s = 0.0
-        while any(database.is_publishing for database in self._catalog.opened()) or (
-            waited_s < QUIESCE_S and any(database.locks.writers() for database in self._catalog.opened())
-        ):
+        left_s = QUIESCE_S
+        while left_s > 0:
+            databases = self._catalog.opened()
+            if any(database.publishing for database in databases):
+                left_s = QUIESCE_S
+            elif not any(database.locks.writers() for database in databases):
+                return
             self._runtime.sleep(0.05)
-            waited_s += 0.05
+            left_s -= 0.05
 
     def init(self) -> None:
         threading.Thread(target=self._announce, name="s3blockfs-ready", daemon=True).start()
