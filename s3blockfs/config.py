@@ -1,45 +1,34 @@
-"""One frozen dataclass behind flags, environment (and later `-o` options): every tunable with its unit and default."""
+"""One frozen dataclass behind flags, environment (and later `-o` options): every tunable with its default and help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 KIB = 1024
 MIB = 1024 * KIB
 
 
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Settings of one store, mount or connection. Sizes in bytes, times in seconds."""
+    """Settings of one store, mount or connection. Sizes in bytes, times (`_s`) in seconds."""
 
-    block_size: int = 64 * KIB
-    """Unit of storage of databases created here; an existing database keeps its own (it is in its head)."""
-
-    cache_size: int = 128 * MIB
-    """Bytes of immutable blocks and log extents kept in memory."""
-
-    upload_memory: int = 64 * MIB
-    """Bytes of block objects and segments in flight to S3 at once."""
-
-    readahead_size: int = 16 * MIB
-    """How far ahead of a sequential reader blocks are fetched."""
-
-    refresh_s: float = 1.0
-    """How old the last look at a head may be when a read transaction starts; 0 looks every time."""
-
-    request_deadline_s: float = 10.0
-    """Bound on one request to the store, its retries included."""
-
-    transaction_deadline_s: float = 60.0
-    """Bound on publishing one transaction, all its requests and the settling of unknown outcomes included."""
-
-    read_only: bool = False
-    only_writer: bool = False
-    """The user's promise that nobody else writes: lifts the refusal of stores without conditional PUTs."""
-
-    spill_dir: str | None = None
-    """Where uncommitted bytes and journals are kept, in unlinked files; None means $TMPDIR or /var/tmp."""
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    profile: str | None = None
+    block_size: int = _option(64 * KIB, "unit of storage of databases created here; others keep their own")
+    cache_size: int = _option(128 * MIB, "memory for blocks read from S3")
+    upload_memory: int = _option(64 * MIB, "memory for blocks on their way to S3")
+    readahead_size: int = _option(16 * MIB, "how far ahead of a sequential reader to fetch")
+    refresh_s: float = _option(1.0, "how old the last look at a database may be when a read starts; 0 looks every time")
+    request_deadline_s: float = _option(10.0, "bound on one request to S3, its retries included")
+    transaction_deadline_s: float = _option(60.0, "bound on publishing one transaction, settling its outcome included")
+    read_only: bool = _option(False, "refuse to write")
+    only_writer: bool = _option(
+        False, "promise that nobody else ever writes there: allows stores without conditional PUTs"
+    )
+    spill_dir: str | None = _option(None, "where uncommitted bytes are kept (default: $TMPDIR or /var/tmp)")
+    endpoint_url: str | None = _option(None, "an S3 service other than AWS, such as https://minio.example:9000")
+    region: str | None = _option(None, "the bucket's region")
+    profile: str | None = _option(None, "section of the AWS configuration files")

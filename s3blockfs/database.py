@@ -350,6 +350,8 @@ class Database:
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
             version = self._heads.read_if_changed(self._view.snapshot.version)
+            if version.head.deleted:
+                raise DatabaseGone(f"{self._label}: was deleted elsewhere")
             if version.head.commit != self._view.snapshot.head.commit or version.head.id != self._view.snapshot.head.id:
                 self.checked_s = float("-inf")
                 raise Busy(f"{self._label}: changed elsewhere; read again")

@@ -27,22 +27,6 @@ from s3blockfs.runtime import Runtime
 if TYPE_CHECKING:
     from s3blockfs.s3store import S3Store
 
-_HELP = {
-    "block_size": "unit of storage of databases created here",
-    "cache_size": "memory for blocks read from S3",
-    "upload_memory": "memory for blocks on their way to S3",
-    "readahead_size": "how far ahead of a sequential reader to fetch",
-    "refresh_s": "how old the last look at a database may be when a read starts; 0 looks every time",
-    "request_deadline_s": "bound on one request to S3, its retries included",
-    "transaction_deadline_s": "bound on publishing one transaction",
-    "read_only": "refuse to write",
-    "only_writer": "promise that nobody else ever writes there: allows stores without conditional PUTs",
-    "spill_dir": "where uncommitted bytes are kept (default: $TMPDIR or /var/tmp)",
-    "endpoint_url": "an S3 service other than AWS, such as https://minio.example:9000",
-    "region": "the bucket's region",
-    "profile": "section of the AWS configuration files",
-}
-
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 # The rules of AWS for new and old buckets, widened to what MinIO and Ceph accept.
@@ -139,7 +123,7 @@ def _config_options() -> Iterator[Option]:
     }
     for field in fields(Config):
         convert, metavar = kinds.get(field.name) or kinds[str(field.type)]
-        yield Option(field.name, convert, _HELP[field.name], metavar, field.default)
+        yield Option(field.name, convert, field.metadata["help"], metavar, field.default)
 
 
 COMMON = (
