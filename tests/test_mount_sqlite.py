@@ -257,6 +257,7 @@ def test_locks_between_processes(pair: Pair, name: str) -> None:
             two("BEGIN IMMEDIATE")
         assert two("SELECT count(*) FROM t") == [[0]]
         two("PRAGMA busy_timeout=60000")
+        one("PRAGMA busy_timeout=60000")  # its COMMIT may meet the SHARED lock of the other's attempts
         two.send("INSERT INTO t VALUES (2)")
         one("COMMIT")
         two.receive()
