@@ -82,13 +82,9 @@ class BlockMap:
                 row += 1
             index += 1
 
-    def overlaps(self, extents: Sequence[Extent]) -> bool:
-        """Whether putting `extents` in would drop anything: then the old head must be archived first."""
-        return any(True for extent in extents for _ in self.find(extent.first, extent.end))
-
     def replace(self, new: Sequence[Extent]) -> BlockMap:
         """With `new` (disjoint) laid over it. Per block the extent with the higher seq stays (merging a fold or a bulk
-        commit into a newer head)."""
+        commit into a newer head), of equal ones the new: a compaction moves blocks and keeps their seq."""
         if not new:
             return self
         todo = sorted(new)
@@ -138,7 +134,7 @@ def _clip(extent: Extent, first: int, end: int) -> Extent | None:
 
 
 def _merge(old: Sequence[Extent], new: Sequence[Extent]) -> list[Extent]:
-    """Both sorted and disjoint. Where they overlap, the higher seq wins; neighbours in one object are joined."""
+    """Both sorted and disjoint. The higher seq wins, of equal ones the new; neighbours in one object are joined."""
     edges = sorted({edge for e in (*old, *new) for edge in (e.first, e.end)})
     result: list[Extent] = []
     i = j = 0
@@ -147,7 +143,7 @@ def _merge(old: Sequence[Extent], new: Sequence[Extent]) -> list[Extent]:
             i += 1
         while j < len(new) and new[j].end <= low:
             j += 1
-        here = [c for rows, k in ((old, i), (new, j)) if k < len(rows) and (c := _clip(rows[k], low, high)) is not None]
+        here = [c for rows, k in ((new, j), (old, i)) if k < len(rows) and (c := _clip(rows[k], low, high)) is not None]
         if not here:
             continue
         best = max(here, key=lambda extent: extent.seq)

@@ -113,9 +113,7 @@ class Publisher:
                 tail=tail.append(logged),
             )
 
-        # New extents drop what they overlap; in a map of leaves they drop a leaf in any case.
-        archives = bool(base.head.leaves and new_extents) or base.map.overlaps(new_extents)
-        version = self._heads.swap(base.version, make, commit=commit_id, archives=archives)
+        version = self._heads.swap(base.version, make, commit=commit_id)
         self._start_roll(version.head)
         snapshot = None
         block_map = maps.get((version.head.extents, version.head.leaves))
@@ -207,7 +205,7 @@ class Publisher:
         ref = self._source.new_ref(head.rev)
         built, segment = build_segment(ref, frames, records)
         self._source.store.put(ref.key(self._source.prefix), built.body, site="roll")
-        self._source.indexes[ref] = codec.Index(tuple(records), built.entries)
+        self._source.remember_index(ref, codec.Index(tuple(records), built.entries))
         for entry, (_, _, data) in zip(built.entries, frames, strict=True):
             address = FrameAddress(ref, entry.pos, entry.stored, entry.offset, entry.raw)
             self._source.cache.put(self._source.prefix, address, data)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from s3blockfs.config import Config
 from s3blockfs.errors import (
@@ -107,9 +108,9 @@ class HeadFile:
         """Replace the head. `make` gets the head that is being replaced and returns the new one, or raises.
 
         It is called again when another swap came in between; `rev` and `nonce` of what it returns are set here. With
-        `commit` (the id of a commit) only heads with the same database id and commit as `base` are replaced.
-        `archives`: the new head drops something, so each replaced head is archived first. Returns the head that holds
-        the swap: for a commit possibly a later one. Raises CommitLost, DatabaseGone, Unsettled, AccessDenied,
+        `commit` (the id of a commit) only heads with the same database id and commit as `base` are replaced. A head
+        that refers to something the new one does not is archived first; with `archives` any is. Returns the head that
+        holds the swap: for a commit possibly a later one. Raises CommitLost, DatabaseGone, Unsettled, AccessDenied,
         StoreUnavailable (not applied).
         """
 
@@ -162,7 +163,7 @@ class HeadFile:
             head = replace(made, rev=rev, nonce=self.nonce())
             body = codec.encode(head)
             doubt = Doubt(current, head, body, commit)
-            if archives and current is not None:
+            if current is not None and (archives or _drops(current.head, head)):
                 self._store.put(archive_key(self.prefix, current.head.rev, self.nonce()), current.body, site="archive")
             seen = self._try(doubt, deadline)
             if isinstance(seen, Version) and seen.head.nonce == head.nonce:
@@ -304,3 +305,10 @@ class HeadFile:
             "the database is closed until it answers",
             doubt,
         )
+
+
+def _drops(old: Head, new: Head) -> bool:
+    """Whether `new` does not refer to everything that `old` does. An extent counts as a whole: with a part of it gone,
+    the old state cannot be read by way of the new head any more."""
+    fields = attrgetter("extents", "leaves", "segments", "snapshots")
+    return any(not set(before) <= set(after) for before, after in zip(fields(old), fields(new), strict=True))

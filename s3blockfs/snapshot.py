@@ -9,6 +9,7 @@ Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), fin
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Source:
     cache: BlockCache
     runtime: Runtime
     prefix: str
-    indexes: LRUCache[ObjectRef, Index] = field(default_factory=lambda: LRUCache(_INDEXES_KEPT))
+    _indexes: LRUCache[ObjectRef, Index] = field(default_factory=lambda: LRUCache(_INDEXES_KEPT))
+    _indexes_lock: threading.Lock = field(default_factory=threading.Lock)  # a look-up in an LRU changes it
 
     def name_of(self, key: str) -> str:
         return f"{self.store.name}/{key}"
@@ -84,15 +86,20 @@ class Source:
         return map_codec.decode(body, self.name_of(key))
 
     def load_index(self, segment: Segment) -> Index:
-        known = self.indexes.get(segment.ref)
+        with self._indexes_lock:
+            known = self._indexes.get(segment.ref)
         if known is None:
             key = segment.ref.key(self.prefix)
             if segment.index_length > MAX_FRAME_BYTES:
                 raise DamagedObject(f"{self.name_of(key)}: an index of {segment.index_length} bytes")
             body = self._get(key, "index", segment.index_pos, segment.index_length)
             known = decode_index(body, segment.ref.uid, segment.index_crc, self.name_of(key))
-            self.indexes[segment.ref] = known
+            self.remember_index(segment.ref, known)
         return known
+
+    def remember_index(self, ref: ObjectRef, index: Index) -> None:
+        with self._indexes_lock:
+            self._indexes[ref] = index
 
     def _get(self, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:
         try:

@@ -70,7 +70,7 @@ class Uploads:
         """One segment of this commit's extents, none crossing a block boundary; its record goes into the tail."""
         ref = self._new_ref()
         built, segment = build_segment(ref, [(offset, self._seq, data) for offset, data in frames], ())
-        self._source.indexes[ref] = codec.Index((), built.entries)
+        self._source.remember_index(ref, codec.Index((), built.entries))
         self._upload(ref, built.body)
         pieces = []
         for entry in built.entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,13 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pytest
+from cachetools import LRUCache
 from engine import ManualRuntime
 
 from s3blockfs.cache import MAX_GAP_BYTES, BlockCache
 from s3blockfs.errors import DamagedObject, S3BlockFSError, StoreUnavailable
-from s3blockfs.format.data import BASE, FRAME_BYTES, HEADER_BYTES, OBJECT_BYTES, FrameAddress, build, slot_address
+from s3blockfs.format.data import (
+    BASE,
+    FRAME_BYTES,
+    HEADER_BYTES,
+    OBJECT_BYTES,
+    FrameAddress,
+    Index,
+    build,
+    slot_address,
+)
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import MemoryStore, StoredObject
+from s3blockfs.snapshot import Source
+from s3blockfs.uploads import build_segment
 
 T = TypeVar("T")
 BLOCK = 1024
@@ -361,6 +374,32 @@ def test_read_ahead_is_joined_by_readers(world: World, threads: ThreadPoolExecut
     assert reader.result(WAIT_S) == [content(1, 2), content(1, 3)]
     assert world.cache.fetch("P", slots) == [content(1, slot) for slot in range(8)]
     assert len(world.store.gets) == 1
+
+
+def test_indexes_are_kept_for_many_threads(world: World, threads: ThreadPoolExecutor) -> None:
+    """A look-up in an LRU changes it: with room for two, threads that load, find and evict never meet half a change."""
+    segments, built = [], []
+    for number in range(1, 5):
+        ref = ObjectRef(number, number.to_bytes(8, "big"), number.to_bytes(8, "big"))
+        whole, segment = build_segment(ref, [(0, number, content(number, 0))], ())
+        world.store.put(ref.key("P"), whole.body, site="t")
+        segments.append(segment)
+        built.append(whole)
+    source = Source(world.store, world.cache, world.runtime, "P", LRUCache(2))
+
+    def work(seed: int) -> None:
+        for step in range(400):
+            chosen = (seed + step * (seed % 3 + 1)) % 4
+            assert source.load_index(segments[chosen]).extents == built[chosen].entries
+            source.remember_index(segments[seed % 4].ref, Index((), built[seed % 4].entries))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for future in [threads.submit(work, seed) for seed in range(8)]:
+            future.result(WAIT_S)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_many_threads_on_a_small_cache(world: World, threads: ThreadPoolExecutor) -> None:

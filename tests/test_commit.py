@@ -11,13 +11,16 @@ from itertools import pairwise
 from typing import TypeVar
 
 import pytest
-from engine import Call, InlineRuntime, ManualRuntime, World, shrink_limits
+from engine import Call, InlineRuntime, ManualRuntime, World, shrink_limits, small_leaves
 
 from s3blockfs import commit
 from s3blockfs.database import Database
 from s3blockfs.errors import CommitLost, RequestInDoubt, StoreRefused, StoreUnavailable
 from s3blockfs.format import data
+from s3blockfs.format import head as codec
+from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head
+from s3blockfs.format.keys import ObjectRef
 
 T = TypeVar("T")
 KIB, MIB = 1024, 1024 * 1024
@@ -375,6 +378,64 @@ def test_every_object_is_stored_before_the_head_refers_to_it(world: World, monke
         save(database, (rng.randrange(60_000), rng.randbytes(rng.choice([10, 3000, 40_000]))))
     keys = Counter(call.key for call in world.store.calls if call.operation == "PUT" and call.site != "swap")
     assert checked > 50 and len(keys) > 20 and max(keys.values()) == 1
+
+
+def leave_archives(world: World) -> Callable[[], int]:
+    """From now on every head that replaces one it does not fully refer to needs an archive of it: a count of them."""
+    seen = head_of(world)
+    found: list[str] = []
+
+    def rule(call: Call, when: str) -> None:
+        nonlocal seen
+        if (call.site, when) != ("swap", "after"):
+            return
+        before, seen = seen, head_of(world)
+        rows = [({*head.extents}, {*head.leaves}, {*head.segments}) for head in (before, seen)]
+        if any(not old <= new for old, new in zip(*rows, strict=True)):
+            start = f"{PREFIX}/archive/{before.rev:016x}-"
+            (entry,) = world.store.inner.list(start, site="test")
+            assert codec.decode(world.store.inner.get(entry.key, site="test").body, "archive") == before
+            found.append(entry.key)
+
+    world.store.rule = rule
+    return lambda: len(found)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_swap_that_drops_a_reference_archives_its_predecessor(
+    world: World, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes: extents, whole or in part, leaves of the map, everything at a deletion."""
+    shrink_limits(monkeypatch)
+    if leaves:
+        small_leaves(monkeypatch)
+    machine = world.machine(block_size=4096)
+    database = machine.create(PREFIX, exclusive=True)
+    archived = leave_archives(world)
+    rng = random.Random(5)
+    for _ in range(30):
+        save(database, (rng.randrange(60) * 4096, rng.randbytes(rng.choice([10, 12_000, 40_000]))))
+    commits = archived()
+    assert commits > 5 and bool(head_of(world).leaves) == leaves and head_of(world).segments
+    machine.remove(PREFIX)
+    assert archived() == commits + 1
+
+
+def test_what_a_fold_added_meanwhile_is_archived(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head that is replaced counts, not the one the transaction read: a fold that came first put extents there."""
+    shrink_limits(monkeypatch)
+    database = new_database(world, block_size=4096)
+    save(database, (0, noise(4096)))
+    database.write(0, noise(40_000))
+    base = head_of(world)
+    ref = ObjectRef(base.rev, b"folded!!", b"folded!!")
+    heads = world.heads(faulty=False)
+    version = heads.read()
+    assert version is not None
+    heads.swap(version, lambda replaced: replace(replaced, extents=(Extent(0, 1, ref, 0, base.seq),)))
+    archived = leave_archives(world)
+    database.close_handle(0)
+    assert archived() == 1 and head_of(world).extents[0].ref != ref
 
 
 def test_a_block_written_again_after_it_was_streamed(world: World) -> None:

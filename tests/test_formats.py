@@ -36,7 +36,7 @@ from golden import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3blockfs.errors import DamagedObject, NewerFormat, UsageError
+from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported, UsageError
 from s3blockfs.format import data, extents, head, keys, tail
 from s3blockfs.format.data import BASE, LOG, Commit, FrameAddress, Index, IndexEntry, build, slot_address
 from s3blockfs.format.extents import Extent, LeafRef
@@ -452,3 +452,27 @@ def test_bombs_do_not_unpack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(lambda: Tail.decode(tail_bytes(), "it"))
     monkeypatch.setattr(head, "MAX_HEAD_BYTES", 1000)
     assert refused(lambda: head.decode(golden("head"), "it"))
+
+
+@pytest.mark.parametrize("bound", ["MAX_HEAD_BYTES", "MAX_LINE_BYTES"])
+def test_a_head_that_could_not_be_read_is_not_written(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both bounds of the decoder hold in the encoder: at the limit both work, a byte beyond it neither does."""
+    body = head.encode(HEAD)
+    size = len(body) if bound == "MAX_HEAD_BYTES" else body.index(b"\n") + 1
+    monkeypatch.setattr(head, bound, size)
+    assert head.decode(head.encode(HEAD), "it") == HEAD
+    monkeypatch.setattr(head, bound, size - 2)
+    assert refused(lambda: head.decode(body, "it"))
+    with pytest.raises(NotSupported, match="nothing was changed"):
+        head.encode(HEAD)
+
+
+def test_an_endless_first_line_is_not_parsed() -> None:
+    """JSON takes many times its size when it is parsed; whatever lies under the name of a head is refused in memory."""
+    line = b"[" + b"[]," * (20 << 20) + b"[]]"
+    tracemalloc.start()
+    try:
+        assert refused(lambda: head.decode(line, "it"))
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(line)
+    finally:
+        tracemalloc.stop()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from s3blockfs.errors import DamagedObject, NewerFormat
+from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported
 from s3blockfs.format import extents
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.keys import ObjectRef
@@ -25,6 +25,7 @@ from s3blockfs.format.tail import Tail
 FORMAT = 1
 
 MAX_HEAD_BYTES = 64 * 1024 * 1024
+MAX_LINE_BYTES = 4 * 1024 * 1024  # of JSON, which takes many times as much when parsed
 MAX_DATABASE_BYTES = 1 << 48
 MIN_BLOCK_BYTES = 512
 MAX_BLOCK_BYTES = 4 * 1024 * 1024
@@ -120,6 +121,8 @@ def encode(head: Head) -> bytes:
     }
     line = json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
     body = b"".join((line, inline, head.tail.encoded))
+    if len(line) > MAX_LINE_BYTES or len(body) + _TRAILER.size > MAX_HEAD_BYTES:
+        raise NotSupported("this database has outgrown its head; nothing was changed, copy it under another name")
     return body + _TRAILER.pack(_MAGIC, zlib.crc32(body, zlib.crc32(_MAGIC)))
 
 
@@ -180,6 +183,8 @@ def decode(body: bytes, name: str) -> Head:
 
 
 def _parse_line(line: bytes, name: str) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise DamagedObject(f"{name}: not the head of a database (its first line has {len(line)} bytes)")
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
