@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from s3blockfs import __version__, telemetry
-from s3blockfs.cli.options import COMMON, apply_environment
+from s3blockfs.cli.options import COMMON
 from s3blockfs.errors import S3BlockFSError, UsageError
 
 COMMANDS = ("mount", "umount", "ls", "doctor", "serve")
@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     namespace = argparse.Namespace(debug=None)
     try:
         build_parser().parse_args(argv, namespace)
-        apply_environment(namespace)
         telemetry.setup_logging("debug" if namespace.debug else namespace.log_level, namespace.log_file)
         code: int = namespace.run(namespace)
         sys.stdout.flush()  # here, so that a closed pipe shows now and not while Python shuts down

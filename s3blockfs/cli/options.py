@@ -95,16 +95,22 @@ class Option:
     def parse(self, text: str) -> Any:
         try:
             return self.convert(text)
-        except UsageError as error:  # argparse prefixes the flag; it knows no other exception with a text
-            raise argparse.ArgumentTypeError(str(error)) from error
+        except UsageError as error:  # argparse knows no other exception with a text
+            raise argparse.ArgumentTypeError(f"{error} (or unset ${self.variable})") from error
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        # None stands for "not given", so that the environment is asked later and only for this command's options.
+        # argparse converts a default that is a text like a given argument, and only if the flag is not given.
+        default = os.environ.get(self.variable, self.default)
         if self.convert is switch:
-            parser.add_argument(self.flag, dest=self.name, action="store_const", const=True, help=self.help)
+            action = parser.add_argument(
+                self.flag, dest=self.name, action="store_const", const=True, default=default, help=self.help
+            )
+            action.type = self.parse
             return
         shown = "" if self.default is None else f" (default {_show(self.default)})"
-        parser.add_argument(self.flag, dest=self.name, type=self.parse, metavar=self.metavar, help=self.help + shown)
+        parser.add_argument(
+            self.flag, dest=self.name, type=self.parse, metavar=self.metavar, default=default, help=self.help + shown
+        )
 
 
 def _show(value: Any) -> str:
@@ -129,7 +135,7 @@ def _config_options() -> Iterator[Option]:
 COMMON = (
     Option("log_level", _level, f"one of {', '.join(telemetry.LEVELS)}", "LEVEL", "warning"),
     Option("log_file", str, "append the log to FILE instead of stderr", "FILE"),
-    Option("debug", switch, "log everything, and show the traceback of an error"),
+    Option("debug", switch, "log everything, and show the traceback of an error", default=False),
 )
 STORE = (
     *_config_options(),
@@ -155,24 +161,7 @@ def add_command(
     return parser
 
 
-def apply_environment(namespace: argparse.Namespace) -> None:
-    """Fill in the options of this command that no flag set, first from the environment, then from the defaults.
-
-    Raises UsageError that names the variable.
-    """
-    for option in STORE + COMMON:
-        if getattr(namespace, option.name, option) is not None:  # given, or not an option of this command
-            continue
-        text = os.environ.get(option.variable)
-        try:
-            value = option.default if text is None else option.convert(text)
-        except UsageError as error:
-            raise UsageError(f"${option.variable}: {error}") from error
-        setattr(namespace, option.name, value)
-
-
 def config_from(namespace: argparse.Namespace) -> Config:
-    """The Config of a namespace that went through `apply_environment` (main did that)."""
     return Config(**{field.name: getattr(namespace, field.name) for field in fields(Config)})
 
 
