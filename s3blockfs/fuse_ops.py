@@ -138,10 +138,7 @@ class FileSystem(Operations):
         if path is None:
             raise OSError(errno.ESTALE, "fstat of a file that was unlinked here: the kernel does not say which")
         if is_side_file(path):
-            side = self._catalog.side_files.get(self._side_path(path))
-            if side is None:
-                raise _no_entry(path)
-            return self._side_attributes(side)
+            return self._side_attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
         by_shown_name = "." in path.rpartition("/")[2] or (database and database.version.head.name is not None)
         if database is not None and by_shown_name and self._is_open(database) and not database.is_gone:
@@ -168,11 +165,9 @@ class FileSystem(Operations):
     def unlink(self, path: str) -> None:
         if not is_side_file(path):
             return self._catalog.remove(path[1:])
-        side_path = self._side_path(path)
-        if self._catalog.side_files.get(side_path) is None:
-            raise _no_entry(path)
-        self._before_finalising(path, side_path)
-        self._catalog.side_files.remove(side_path)
+        self._side(path)
+        self._before_finalising(path)
+        self._catalog.side_files.remove(self._side_path(path))
         return None
 
     def rename(self, old: str, new: str) -> None:
@@ -232,13 +227,10 @@ class FileSystem(Operations):
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
         handle = self._handles[info.fh]
         if handle.side is not None:
-            if offset == 0 and handle.path.endswith(JOURNAL_SUFFIX):
-                side_path = self._side_path(handle.path)
-                if not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
-                    self._require_linked(handle.path, handle.side)
-                    self._before_finalising(handle.path, side_path)  # journal_mode=PERSIST zeroes the header
-                elif is_hot(data[:1]) and (database := self._catalog.opened_at(_database_of(side_path))):
-                    database.journal_begins()
+            if offset == 0 and not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
+                self._before_finalising(handle.path, handle.side)  # journal_mode=PERSIST zeroes the header
+            elif offset == 0 and is_hot(data[:1]) and (database := self._database_of_journal(handle.path)):
+                database.journal_begins()
             handle.side.write(offset, data)
         else:
             self._change(handle, lambda database: database.write(offset, data))
@@ -254,10 +246,7 @@ class FileSystem(Operations):
             return None
         assert path is not None
         if is_side_file(path):
-            side = self._catalog.side_files.get(self._side_path(path))
-            if side is None:
-                raise _no_entry(path)
-            return self._truncate_side(path, side, length)
+            return self._truncate_side(path, self._side(path), length)
         database = self._catalog.open(path[1:])  # truncate(2): there is no handle whose close could publish it
         try:
             self._catalog.require_writable()
@@ -371,25 +360,29 @@ class FileSystem(Operations):
 
     def _truncate_side(self, path: str, side: SideFile, length: int) -> None:
         if length == 0:
-            self._require_linked(path, side)
-            self._before_finalising(path, self._side_path(path))
+            self._before_finalising(path, side)
         side.truncate(length)
 
-    @staticmethod
-    def _require_linked(path: str, side: SideFile) -> None:
-        """Finalising a journal that was removed commits nothing: its transaction was given up meanwhile."""
-        if not side.linked:
-            raise OSError(errno.EIO, f"{path}: was removed; its transaction is lost")
-
-    def _before_finalising(self, path: str, side_path: str) -> None:
+    def _before_finalising(self, path: str, side: SideFile | None = None) -> None:
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
-        if path.endswith(JOURNAL_SUFFIX):
-            database = self._catalog.opened_at(_database_of(side_path))
-            if database is not None:
-                database.finalise_journal(context_pid())
+        if side is not None and not side.linked:
+            raise OSError(errno.EIO, f"{path}: was removed; its transaction is lost")
+        database = self._database_of_journal(path)
+        if database is not None:
+            database.finalise_journal(context_pid())
         elif not path.endswith(SUFFIXES):
             for database in sorted(self._catalog.opened(), key=lambda each: each.prefix):
                 database.finalise_super_journal(self._mountpoint + path, context_pid())
+
+    def _database_of_journal(self, path: str) -> Database | None:
+        name = path[1:].removesuffix(JOURNAL_SUFFIX)
+        return self._catalog.opened_at(name) if path.endswith(JOURNAL_SUFFIX) else None
+
+    def _side(self, path: str) -> SideFile:
+        side = self._catalog.side_files.get(self._side_path(path))
+        if side is None:
+            raise _no_entry(path)
+        return side
 
     def _is_foreign(self, super_journal: str) -> bool:
         return not super_journal.startswith(self._mountpoint + "/")
@@ -479,10 +472,6 @@ class FileSystem(Operations):
         size = side.size
         mode = stat.S_IFREG | side.mode
         return {"st_mode": mode, "st_nlink": 1, "st_size": size, "st_blocks": -(-size // 512), **self._owner}
-
-
-def _database_of(side_path: str) -> str:
-    return side_path.removesuffix(JOURNAL_SUFFIX)
 
 
 def _no_entry(path: str) -> OSError:
