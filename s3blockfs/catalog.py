@@ -100,21 +100,23 @@ class Catalog:
             version = self._head(prefix := join(self._root, alias))
             if version is not None and not version.head.deleted and version.head.name is None:
                 return _entry(prefix, version)
-        if not path.endswith(DATABASE_SUFFIXES) and self._is_folder(join(self._root, path)):
-            return Entry(join(self._root, path), is_folder=True)
-        return None
+        if path.endswith(DATABASE_SUFFIXES):
+            return None
+        inside = self._store.list(f"{join(self._root, path)}/", site="folder", max_keys=1)
+        return Entry(join(self._root, path), is_folder=True) if any(True for _ in inside) else None
 
     def listing(self, folder: str) -> list[tuple[str, Entry]]:
         """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
         base = join(self._root, folder)
         start = f"{base}/" if base else ""
-        marks = self._runtime.submit(partial(self._marked_deleted, base))
+        marks_start = f"{deleted_mark_key(base, '')}/"
+        marks = self._runtime.submit(lambda: list(self._store.list(marks_start, site="list-deleted")))
         names = [
             name
             for listed in self._store.list(start, site="list", delimiter="/")
             if listed.is_prefix and is_file_name(name := listed.key[len(start) : -1]) and name != HIDDEN_FOLDER
         ]
-        marked = marks.result()
+        marked = {listed.key[len(marks_start) :] for listed in marks.result()}
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
         for name in names:
@@ -128,10 +130,7 @@ class Catalog:
         for name, future in unclear.items():
             try:
                 version = future.result()
-            except (
-                DamagedObject,
-                NewerFormat,
-            ):  # perhaps no head at all; using it says what is wrong, listing does not
+            except (DamagedObject, NewerFormat):  # perhaps no head at all: using it says what is wrong
                 found[name] = Entry(start + name, is_folder=False)
                 continue
             self._probed[start + name] = version is not None
@@ -152,24 +151,17 @@ class Catalog:
             return held.version
         if known is not None and now - known[1] < self._config.refresh_s:
             return known[0]
-        heads = HeadFile(self._store, self._runtime, self._config, prefix)
-        if known is not None and known[0] is not None:
-            version: Version | None = heads.read_if_changed(known[0])
-        else:
-            version = heads.read()
+        heads, before = self._head_file(prefix), known[0] if known else None
+        version = heads.read() if before is None else heads.read_if_changed(before)
         self._remember(prefix, version, now)
         return version
+
+    def _head_file(self, prefix: str) -> HeadFile:
+        return HeadFile(self._store, self._runtime, self._config, prefix)
 
     def _remember(self, prefix: str, version: Version | None, now: float) -> None:
         with self._lock:
             self._heads[prefix] = (version, now)
-
-    def _marked_deleted(self, base: str) -> set[str]:
-        start = deleted_mark_key(base, "")
-        return {listed.key[len(start) + 1 :] for listed in self._store.list(start + "/", site="list-deleted")}
-
-    def _is_folder(self, prefix: str) -> bool:
-        return any(True for _ in self._store.list(prefix + "/", site="folder", max_keys=1))
 
     # --- opening ---------------------------------------------------------------------------------------
 
@@ -197,7 +189,7 @@ class Catalog:
         prefix = join(self._root, path)
         check_prefix(prefix)
         self.require_writable()
-        version = HeadFile(self._store, self._runtime, self._config, prefix).read()
+        version = self._head_file(prefix).read()
         if version is None or version.head.deleted:
             version = self._create(prefix, version, path.rpartition("/")[2], exclusive)
         elif exclusive:
@@ -248,7 +240,7 @@ class Catalog:
         if entry is None or entry.is_folder:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
         self.require_writable()
-        heads = HeadFile(self._store, self._runtime, self._config, entry.prefix)
+        heads = self._head_file(entry.prefix)
         version = heads.read()
         if version is None or version.head.deleted:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
@@ -257,21 +249,9 @@ class Catalog:
         def tombstone(replaced: Head) -> Head:
             if replaced.deleted or replaced.id != database_id:
                 raise DatabaseNotFound(f"{self._label(path)}: was deleted or replaced by somebody else")
-            return Head(
-                id=replaced.id,
-                rev=replaced.rev,
-                seq=replaced.seq,
-                commit=replaced.commit,
-                size=0,
-                block_size=replaced.block_size,
-                nonce=replaced.nonce,
-                writer=self._writer,
-                time_ms=int(self._store.server_time_s() * 1000),
-                floor=replaced.rev,
-                deleted=True,
-                counter=replaced.counter,
-                snapshots=replaced.snapshots,
-            )
+            empty = replace(replaced, size=0, segments=(), leaves=(), extents=(), tail=Tail(), lease=None, name=None)
+            time_ms = int(self._store.server_time_s() * 1000)
+            return replace(empty, deleted=True, floor=replaced.rev, writer=self._writer, time_ms=time_ms)
 
         folder, _, name = entry.prefix.rpartition("/")
         self._store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
@@ -311,7 +291,7 @@ class Catalog:
 
     def _add(self, prefix: str, version: Version) -> Database:
         source = Source(self._store, self._cache, self._runtime, prefix)
-        heads = HeadFile(self._store, self._runtime, self._config, prefix)
+        heads = self._head_file(prefix)
         publisher = Publisher(source, heads, self._config, self._writer)
         side_path = prefix[len(self._root) :].lstrip("/")
         database = Database(source, heads, publisher, self._config, version, self.side_files, side_path)
@@ -329,7 +309,7 @@ class Catalog:
         return database
 
     def _create(self, prefix: str, tombstone: Version | None, name: str, exclusive: bool) -> Version:
-        heads = HeadFile(self._store, self._runtime, self._config, prefix)
+        heads = self._head_file(prefix)
         database_id, commit_id = self._runtime.token(16), self._runtime.token(COMMIT_ID_BYTES)
 
         def make(replaced: Head | None) -> Head:
