@@ -9,12 +9,15 @@ from __future__ import annotations
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from s3blockfs.format import extents as codec
 from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
+
+#: Fetches and decodes one leaf; it may raise whatever a GET raises.
+Load = Callable[[LeafRef], tuple[Extent, ...]]
 
 
 class _Leaf:
@@ -28,7 +31,7 @@ class _Leaf:
         self._extents = extents
         self._lock = threading.Lock()
 
-    def extents(self, load: Callable[[LeafRef], tuple[Extent, ...]]) -> tuple[Extent, ...]:
+    def extents(self, load: Load) -> tuple[Extent, ...]:
         with self._lock:
             if self._extents is None:
                 assert self.ref is not None
@@ -52,22 +55,14 @@ class EncodedMap:
 class BlockMap:
     """Sorted, disjoint extents."""
 
-    def __init__(self, leaves: Sequence[_Leaf], load: Callable[[LeafRef], tuple[Extent, ...]]) -> None:
-        self._leaves = tuple(leaves) or (_Leaf(0, None, ()),)
-        self._firsts = [leaf.first for leaf in self._leaves]
+    def __init__(self, leaves: Sequence[_Leaf], load: Load) -> None:
+        self._leaves = leaves
+        self._firsts = [leaf.first for leaf in leaves]
         self._load = load
 
     @classmethod
-    def of(
-        cls,
-        extents: tuple[Extent, ...],
-        leaves: tuple[LeafRef, ...],
-        load: Callable[[LeafRef], tuple[Extent, ...]],
-    ) -> BlockMap:
-        """`load` fetches and decodes one leaf; it may raise whatever a GET raises."""
-        if leaves:
-            return cls([_Leaf(leaf.first, leaf, None) for leaf in leaves], load)
-        return cls([_Leaf(0, None, extents)], load)
+    def of(cls, extents: tuple[Extent, ...], leaves: tuple[LeafRef, ...], load: Load) -> BlockMap:
+        return cls([_Leaf(leaf.first, leaf, None) for leaf in leaves] or [_Leaf(0, None, extents)], load)
 
     def find(self, first: int, end: int) -> Iterator[Extent]:
         """The extents that overlap blocks first..end, clipped to them, in order."""
@@ -76,9 +71,7 @@ class BlockMap:
             rows = self._leaves[index].extents(self._load)
             row = max(0, bisect_right(rows, first, key=lambda extent: extent.first) - 1)
             while row < len(rows) and rows[row].first < end:
-                clipped = _clip(rows[row], first, end)
-                if clipped is not None:
-                    yield clipped
+                yield from _clip(rows[row], first, end)
                 row += 1
             index += 1
 
@@ -91,7 +84,7 @@ class BlockMap:
         leaves: list[_Leaf] = []
         for index, leaf in enumerate(self._leaves):
             limit = self._firsts[index + 1] if index + 1 < len(self._leaves) else None
-            mine = [c for e in todo if (c := _clip(e, leaf.first, e.end if limit is None else limit)) is not None]
+            mine = [part for e in todo for part in _clip(e, leaf.first, e.end if limit is None else limit)]
             if not mine:
                 leaves.append(leaf)
                 continue
@@ -111,49 +104,50 @@ class BlockMap:
                 return EncodedMap(extents, (), (), self)
         refs: list[LeafRef] = []
         uploads: list[tuple[LeafRef, bytes]] = []
-        stored: list[_Leaf] = []
+        leaves: list[_Leaf] = []
         for number, leaf in enumerate(self._leaves):
-            if leaf.ref is None:
+            ref = leaf.ref
+            if ref is None:
                 rows = leaf.extents(self._load)
                 body = codec.encode(rows)
                 ref = LeafRef(leaf.first, number, rev, nonce(), zlib.crc32(body))
                 uploads.append((ref, body))
-                stored.append(_Leaf(leaf.first, ref, rows))
-            else:
-                ref = leaf.ref
-                stored.append(leaf)
+                leaf = _Leaf(leaf.first, ref, rows)
             refs.append(ref)
-        return EncodedMap((), tuple(refs), tuple(uploads), BlockMap(stored, self._load))
+            leaves.append(leaf)
+        return EncodedMap((), tuple(refs), tuple(uploads), BlockMap(leaves, self._load))
 
 
-def _clip(extent: Extent, first: int, end: int) -> Extent | None:
+def joined(extents: Iterable[Extent]) -> list[Extent]:
+    """Neighbours that lie next to each other in one object become one extent."""
+    result: list[Extent] = []
+    for new in extents:
+        last = result[-1] if result else None
+        if last and (last.end, last.ref, last.slot + last.blocks, last.seq) == (new.first, new.ref, new.slot, new.seq):
+            result[-1] = last._replace(blocks=last.blocks + new.blocks)
+        else:
+            result.append(new)
+    return result
+
+
+def _clip(extent: Extent, first: int, end: int) -> Iterator[Extent]:
+    """The part of it inside first..end, if there is one."""
     low, high = max(extent.first, first), min(extent.end, end)
-    if low >= high:
-        return None
-    return extent._replace(first=low, blocks=high - low, slot=extent.slot + low - extent.first)
+    if low < high:
+        yield extent._replace(first=low, blocks=high - low, slot=extent.slot + low - extent.first)
 
 
 def _merge(old: Sequence[Extent], new: Sequence[Extent]) -> list[Extent]:
     """Both sorted and disjoint. The higher seq wins, of equal ones the new; neighbours in one object are joined."""
     edges = sorted({edge for e in (*old, *new) for edge in (e.first, e.end)})
-    result: list[Extent] = []
+    best: list[Extent] = []
     i = j = 0
     for low, high in pairwise(edges):
         while i < len(old) and old[i].end <= low:
             i += 1
         while j < len(new) and new[j].end <= low:
             j += 1
-        here = [c for rows, k in ((new, j), (old, i)) if k < len(rows) and (c := _clip(rows[k], low, high)) is not None]
-        if not here:
-            continue
-        best = max(here, key=lambda extent: extent.seq)
-        last = result[-1] if result else None
-        if (
-            last is not None
-            and last.end == best.first
-            and (last.ref, last.seq, last.slot + last.blocks) == (best.ref, best.seq, best.slot)
-        ):
-            result[-1] = last._replace(blocks=last.blocks + best.blocks)
-        else:
-            result.append(best)
-    return result
+        here = [part for extent in (*new[j : j + 1], *old[i : i + 1]) for part in _clip(extent, low, high)]
+        if here:
+            best.append(max(here, key=lambda extent: extent.seq))  # the first of equal ones
+    return joined(best)

@@ -6,62 +6,49 @@ turns it into success. SQLite sees the errno as SQLITE_IOERR, SQLITE_READONLY, S
 
 from __future__ import annotations
 
-import errno
+from errno import EACCES, EAGAIN, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT, EROFS, ESTALE
 
 
 class S3BlockFSError(Exception):
     """Base of everything this package raises on purpose."""
 
-    errno: int = errno.EIO
-    exit_code: int = 1
+    errno = EIO
+    exit_code = 1
+
+    def __init_subclass__(cls, *, errno: int | None = None, exit_code: int | None = None) -> None:
+        cls.errno = errno or cls.errno
+        cls.exit_code = exit_code or cls.exit_code
 
 
-class UsageError(S3BlockFSError):
+class UsageError(S3BlockFSError, errno=EINVAL, exit_code=2):
     """The command line, an option or a name cannot be used as given."""
 
-    errno = errno.EINVAL
-    exit_code = 2
 
-
-class EnvironmentProblem(S3BlockFSError):
+class EnvironmentProblem(S3BlockFSError, errno=ENODEV, exit_code=8):
     """This machine lacks something: libfuse, /dev/fuse, fusermount, the embedded server."""
-
-    errno = errno.ENODEV
-    exit_code = 8
 
 
 # --- the object store ---------------------------------------------------------------------------------
 
 
-class StoreError(S3BlockFSError):
+class StoreError(S3BlockFSError, exit_code=5):
     """A request to the object store failed. The request definitely had no effect unless a subclass says otherwise."""
 
-    exit_code = 5
 
-
-class ObjectNotFound(StoreError):
+class ObjectNotFound(StoreError, errno=ENOENT, exit_code=3):
     """404: no object under that key."""
 
-    errno = errno.ENOENT
-    exit_code = 3
 
-
-class BucketNotFound(StoreError):
+class BucketNotFound(StoreError, errno=ENOENT, exit_code=3):
     """404 NoSuchBucket."""
-
-    errno = errno.ENOENT
-    exit_code = 3
 
 
 class PreconditionFailed(StoreError):
     """412: the object is not (or no longer) what If-Match / If-None-Match asked for."""
 
 
-class AccessDenied(StoreError):
+class AccessDenied(StoreError, errno=EACCES, exit_code=4):
     """401 / 403, or no usable credentials."""
-
-    errno = errno.EACCES
-    exit_code = 4
 
 
 class StoreRefused(StoreError):
@@ -82,73 +69,47 @@ class RequestInDoubt(StoreError):
 # --- formats ------------------------------------------------------------------------------------------
 
 
-class DamagedObject(S3BlockFSError):
+class DamagedObject(S3BlockFSError, exit_code=6):
     """An object is not what its name, length or checksum says. The text names the object."""
-
-    exit_code = 6
 
     def __str__(self) -> str:
         return f"{super().__str__()}; put an earlier version of that object back (S3 versioning, a backup)"
 
 
-class NewerFormat(S3BlockFSError):
+class NewerFormat(S3BlockFSError, errno=EPROTONOSUPPORT, exit_code=6):
     """Written by a newer s3blockfs; this one must not guess."""
-
-    errno = errno.EPROTONOSUPPORT
-    exit_code = 6
 
 
 # --- databases ----------------------------------------------------------------------------------------
 
 
-class DatabaseNotFound(S3BlockFSError):
+class DatabaseNotFound(S3BlockFSError, errno=ENOENT, exit_code=3):
     """No database of that name (or a tombstone)."""
 
-    errno = errno.ENOENT
-    exit_code = 3
 
-
-class DatabaseExists(S3BlockFSError):
+class DatabaseExists(S3BlockFSError, errno=EEXIST, exit_code=7):
     """A database of that name exists."""
 
-    errno = errno.EEXIST
-    exit_code = 7
 
-
-class DatabaseGone(S3BlockFSError):
+class DatabaseGone(S3BlockFSError, errno=ESTALE, exit_code=7):
     """The database was deleted or replaced by somebody else while it was open here."""
 
-    errno = errno.ESTALE
-    exit_code = 7
 
-
-class CommitLost(S3BlockFSError):
+class CommitLost(S3BlockFSError, exit_code=7):
     """Another writer committed first. Nothing of this transaction is or will be visible (invariant I3)."""
 
-    exit_code = 7
 
-
-class OutcomeUnknown(S3BlockFSError):
+class OutcomeUnknown(S3BlockFSError, exit_code=5):
     """Nobody could tell whether the commit applied; every call on the database fails until it is settled."""
 
-    exit_code = 5
 
-
-class Busy(S3BlockFSError):
+class Busy(S3BlockFSError, errno=EAGAIN, exit_code=7):
     """A lock is held by somebody else; SQLite's busy_timeout retries."""
 
-    errno = errno.EAGAIN
-    exit_code = 7
 
-
-class ReadOnly(S3BlockFSError):
+class ReadOnly(S3BlockFSError, errno=EROFS, exit_code=4):
     """Writing is not possible here: a read-only mount, or a store without conditional PUTs."""
 
-    errno = errno.EROFS
-    exit_code = 4
 
-
-class NotSupported(S3BlockFSError):
+class NotSupported(S3BlockFSError, errno=EOPNOTSUPP):
     """SQLite or the application asked for something this version refuses rather than get wrong."""
-
-    errno = errno.EOPNOTSUPP

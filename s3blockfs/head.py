@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
 
 from s3blockfs.config import Config
 from s3blockfs.errors import (
@@ -36,12 +37,11 @@ from s3blockfs.errors import (
     StoreUnavailable,
 )
 from s3blockfs.format import head as codec
-from s3blockfs.format.data import decode_index
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, archive_key, head_key
 from s3blockfs.objectstore import ObjectStore, StoredObject
 from s3blockfs.runtime import Runtime
-from s3blockfs.snapshot import Version
+from s3blockfs.snapshot import Version, fetch_index
 
 #: First pause after a swap that was in doubt or raced, doubled up to the second one, each with full jitter.
 BACKOFF_FIRST_S = 0.05
@@ -100,7 +100,7 @@ class HeadFile:
 
         Raises DatabaseExists when somebody else was first.
         """
-        return self._swap(base, make, None, False, self._deadline())
+        return self._swap(base, make, None, False)
 
     def swap(
         self, base: Version, make: Callable[[Head], Head], *, commit: bytes | None = None, archives: bool = False
@@ -113,12 +113,7 @@ class HeadFile:
         holds the swap: for a commit possibly a later one. Raises CommitLost, DatabaseGone, Unsettled, AccessDenied,
         StoreUnavailable (not applied).
         """
-
-        def make_from(replaced: Head | None) -> Head:
-            assert replaced is not None
-            return make(replaced)
-
-        return self._swap(base, make_from, commit, archives, self._deadline())
+        return self._swap(base, make, commit, archives)
 
     def settle(self, doubt: Doubt) -> Version | None:
         """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
@@ -129,45 +124,32 @@ class HeadFile:
         verdict = self._judge(doubt, seen)
         if verdict is not None:
             return verdict
-        if seen is not None and (doubt.base is None or seen.etag != doubt.base.etag):
-            return None  # another head replaced the one it was based on: its condition can never hold again
         if seen is None and doubt.base is not None:
             raise self._gone()
-        if seen is None:
-            # A creation that may still land: nothing can be swapped in to stop it, so it is repeated instead.
-            body, stopper = doubt.body, doubt.head
-        else:
-            stopper = replace(seen.head, rev=seen.head.rev + 1, nonce=self.nonce())
-            body = codec.encode(stopper)
+        if seen is not None and (doubt.base is None or seen.etag != doubt.base.etag):
+            return None  # another head replaced the one it was based on: its condition can never hold again
         try:
-            etag = self._put(None if seen is None else seen.etag, body)
+            if seen is None:  # a creation that may still land: nothing can be swapped in to stop it, so it is repeated
+                return Version(doubt.head, self._put(None, doubt.body), doubt.body)
+            stopper = replace(seen.head, rev=seen.head.rev + 1, nonce=self.nonce())
+            self._put(seen.etag, codec.encode(stopper))
+            return None
         except PreconditionFailed:
             return self.settle(doubt)  # the head moved on meanwhile, so now it can be told
         except StoreError as error:
             raise self._unsettled(doubt) from error
-        return Version(stopper, etag, body) if seen is None else None
 
-    def _swap(
-        self,
-        base: Version | None,
-        make: Callable[[Head | None], Head],
-        commit: bytes | None,
-        archives: bool,
-        deadline: float,
-    ) -> Version:
+    def _swap(self, base: Version | None, make: Callable[[Any], Head], commit: bytes | None, archives: bool) -> Version:
+        deadline = self._runtime.monotonic() + self._config.transaction_deadline_s
         current = base
         pause = BACKOFF_FIRST_S
         while True:
-            rev = 1 if current is None else current.head.rev + 1
-            made = make(None if current is None else current.head)
-            head = replace(made, rev=rev, nonce=self.nonce())
-            body = codec.encode(head)
-            doubt = Doubt(current, head, body, commit)
+            replaced = None if current is None else current.head
+            head = replace(make(replaced), rev=1 if replaced is None else replaced.rev + 1, nonce=self.nonce())
+            doubt = Doubt(current, head, codec.encode(head), commit)
             if current is not None and (archives or _drops(current.head, head)):
                 self._store.put(archive_key(self.prefix, current.head.rev, self.nonce()), current.body, site="archive")
             seen = self._try(doubt, deadline)
-            if isinstance(seen, Version) and seen.head.nonce == head.nonce:
-                return seen
             verdict = self._judge(doubt, seen)
             if verdict is not None:
                 return verdict
@@ -218,48 +200,37 @@ class HeadFile:
             return seen
         if doubt.base is None or doubt.base.head.id != doubt.head.id:  # a creation
             return seen if seen.head.id == doubt.head.id else None
-        if doubt.commit is None or seen.etag == doubt.base.etag:
+        if doubt.commit is None or seen.etag == doubt.base.etag or seen.head.seq < doubt.head.seq:
             return None
-        if seen.head.seq < doubt.head.seq:
-            return None
-        found = self._commit_at(doubt, seen)
+        try:
+            found = self._commit_at(doubt.head.seq, seen.head)
+        except S3BlockFSError as error:  # also damage: it must not be taken for an answer
+            raise self._unsettled(doubt) from error
         if found is None:
             raise self._unsettled(doubt)
         return seen if found == doubt.commit else None
 
-    def _commit_at(self, doubt: Doubt, seen: Version) -> bytes | None:
-        """The id of the commit at the seq of the one in doubt, from the tail, the segments, then the archives."""
-        seq = doubt.head.seq
-        try:
-            found = self._commit_in(seen.head, seq)
-            if found is not None:
-                return found
+    def _commit_at(self, seq: int, head: Head) -> bytes | None:
+        """The id of the commit with this seq, from the tail, the segments, then the archives."""
+        found = self._commit_in(head, seq)
+        if found is None:
             for entry in self._store.list(f"{self.prefix}/archive/", site="settle"):
-                archived = codec.decode(
-                    self._store.get(entry.key, site="settle").body, f"{self._store.name}/{entry.key}"
-                )
+                body = self._store.get(entry.key, site="settle").body
+                archived = codec.decode(body, f"{self._store.name}/{entry.key}")
                 found = self._commit_in(archived, seq) if archived.seq >= seq else None
                 if found is not None:
-                    return found
-        except S3BlockFSError as error:  # also damage: it must not be taken for an answer
-            raise self._unsettled(doubt) from error
-        return None
+                    break
+        return found
 
     def _commit_in(self, head: Head, seq: int) -> bytes | None:
         if head.seq == seq:
             return head.commit
-        for commit in head.tail.commits:
-            if commit.record.seq == seq:
-                return commit.record.id
+        records = {commit.record.seq: commit.record.id for commit in head.tail.commits}
         for segment in head.segments:
-            if segment.first_seq <= seq <= segment.last_seq:
-                key = segment.ref.key(self.prefix)
-                index = self._store.get(key, site="settle", start=segment.index_pos, length=segment.index_length).body
-                rows = decode_index(index, segment.ref.uid, segment.index_crc, f"{self._store.name}/{key}").commits
-                for record in rows:
-                    if record.seq == seq:
-                        return record.id
-        return None
+            if seq not in records and segment.first_seq <= seq <= segment.last_seq:
+                index = fetch_index(self._store, self.prefix, segment, "settle")
+                records.update((record.seq, record.id) for record in index.commits)
+        return records.get(seq)
 
     def _require_same_state(self, doubt: Doubt, seen: Version) -> None:
         """A commit may only replace heads that show the state its transaction read."""
@@ -289,9 +260,6 @@ class HeadFile:
     def _version(self, found: StoredObject) -> Version:
         return Version(codec.decode(found.body, self._name), found.etag, found.body)
 
-    def _deadline(self) -> float:
-        return self._runtime.monotonic() + self._config.transaction_deadline_s
-
     def _pause(self, pause: float) -> float:
         self._runtime.sleep(self._runtime.uniform(0, pause))
         return min(pause * 2, BACKOFF_MOST_S)
@@ -300,11 +268,8 @@ class HeadFile:
         return DatabaseGone(f"{self._name}: the head has vanished; restore that object or remount")
 
     def _unsettled(self, doubt: Doubt) -> Unsettled:
-        return Unsettled(
-            f"{self._name}: the store does not answer and the outcome of the last write is unknown; "
-            "the database is closed until it answers",
-            doubt,
-        )
+        text = "the outcome of the last write is unknown; the database is closed until the store can tell"
+        return Unsettled(f"{self._name}: {text}", doubt)
 
 
 def _drops(old: Head, new: Head) -> bool:

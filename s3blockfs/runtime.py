@@ -24,25 +24,20 @@ class Runtime(Protocol):
 
     def monotonic(self) -> float:
         """Seconds on a clock that never jumps and counts suspended time (CLOCK_BOOTTIME)."""
-        ...
 
     def sleep(self, seconds: float) -> None: ...
 
     def token(self, size_bytes: int) -> bytes:
         """`size_bytes` unpredictable bytes; two processes never get the same ones."""
-        ...
 
     def uniform(self, low: float, high: float) -> float:
         """A random number for jitter; not for names."""
-        ...
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Run `function` on an I/O thread."""
-        ...
+        """Run `function` on an I/O thread. Raises RuntimeError when none can be started."""
 
     def close(self) -> None:
         """Wait for what was submitted and end the threads."""
-        ...
 
 
 class SystemRuntime:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -21,7 +23,15 @@ from s3blockfs.blockmap import BlockMap
 from s3blockfs.cache import BlockCache
 from s3blockfs.errors import DamagedObject, ObjectNotFound
 from s3blockfs.format import extents as map_codec
-from s3blockfs.format.data import MAX_FRAME_BYTES, Commit, FrameAddress, Index, decode_index, slot_address
+from s3blockfs.format.data import (
+    MAX_FRAME_BYTES,
+    Commit,
+    FrameAddress,
+    Index,
+    IndexEntry,
+    decode_index,
+    slot_address,
+)
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
@@ -43,7 +53,7 @@ class Version:
 
 
 class Piece(NamedTuple):
-    """Bytes start..end of the file, from the log: where `source` holds the bytes from file offset `origin` on."""
+    """Bytes start..end of the file: where `source` holds the bytes from file offset `origin` on."""
 
     start: int
     end: int
@@ -80,7 +90,7 @@ class Source:
 
     def load_leaf(self, leaf: LeafRef) -> tuple[Extent, ...]:
         key = leaf.key(self.prefix)
-        body = self._get(key, "map")
+        body = _get(self.store, key, "map")
         if zlib.crc32(body) != leaf.crc:
             raise DamagedObject(f"{self.name_of(key)}: checksum mismatch in a leaf of the block map")
         return map_codec.decode(body, self.name_of(key))
@@ -89,11 +99,7 @@ class Source:
         with self._indexes_lock:
             known = self._indexes.get(segment.ref)
         if known is None:
-            key = segment.ref.key(self.prefix)
-            if segment.index_length > MAX_FRAME_BYTES:
-                raise DamagedObject(f"{self.name_of(key)}: an index of {segment.index_length} bytes")
-            body = self._get(key, "index", segment.index_pos, segment.index_length)
-            known = decode_index(body, segment.ref.uid, segment.index_crc, self.name_of(key))
+            known = fetch_index(self.store, self.prefix, segment, "index")
             self.remember_index(segment.ref, known)
         return known
 
@@ -101,29 +107,15 @@ class Source:
         with self._indexes_lock:
             self._indexes[ref] = index
 
-    def _get(self, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:
-        try:
-            return self.store.get(key, site=site, start=start, length=length).body
-        except ObjectNotFound:
-            raise DamagedObject(f"{self.name_of(key)}: missing") from None
-
 
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_cuts", "_overlay", "_source", "head", "map", "version")
+    __slots__ = ("_log", "_source", "head", "map", "version")
 
-    def __init__(
-        self,
-        source: Source,
-        version: Version,
-        block_map: BlockMap,
-        overlay: dict[int, tuple[Piece, ...]],
-        cuts: tuple[_Cut, ...],
-    ) -> None:
+    def __init__(self, source: Source, version: Version, block_map: BlockMap, log: _Log) -> None:
         self._source = source
-        self._overlay = overlay
-        self._cuts = cuts
+        self._log = log
         self.version = version
         self.head = version.head
         self.map = block_map
@@ -133,125 +125,96 @@ class Snapshot:
         """Index the whole log: one ranged GET for each segment not seen before, in parallel."""
         head = version.head
         records: dict[int, Commit] = {}
-        pieces: dict[int, list[Piece]] = {}
+        pieces: defaultdict[int, list[Piece]] = defaultdict(list)
         for segment, index in zip(head.segments, _load_indexes(source, head.segments), strict=True):
             records.update((record.seq, record) for record in index.commits)
-            for entry in index.extents:
-                address = FrameAddress(segment.ref, entry.pos, entry.stored, entry.offset, entry.raw)
-                piece = Piece(entry.offset, entry.offset + entry.raw, entry.seq, address, entry.offset)
-                pieces.setdefault(entry.seq, []).append(piece)
+            for piece in segment_pieces(segment.ref, index.extents):
+                pieces[piece.seq].append(piece)
         for commit in head.tail.commits:
             records[commit.record.seq] = commit.record
-            pieces.setdefault(commit.record.seq, []).extend(tail_pieces(commit))
-        log = _Log({}, (), head.block_size)
+            pieces[commit.record.seq] += tail_pieces(commit)
+        log = _Log(head.block_size)
         for seq in sorted(records.keys() | pieces.keys()):
-            log.apply(records.get(seq), pieces.get(seq, ()))
-        block_map = BlockMap.of(head.extents, head.leaves, source.load_leaf)
-        return cls(source, version, block_map, log.overlay, log.cuts)
+            log.apply(records.get(seq), pieces[seq])
+        return cls(source, version, BlockMap.of(head.extents, head.leaves, source.load_leaf), log)
 
     def advance(self, version: Version, record: Commit, pieces: Iterable[Piece], block_map: BlockMap) -> Snapshot:
         """The state after one more commit, made here: only what it touched is indexed anew."""
-        log = _Log(dict(self._overlay), self._cuts, self.head.block_size, self.head.size)
+        log = replace(self._log, overlay=dict(self._log.overlay), size=self.head.size)
         log.apply(record, pieces)
-        return Snapshot(self._source, version, block_map, log.overlay, log.cuts)
+        return Snapshot(self._source, version, block_map, log)
 
     def read(self, offset: int, length: int) -> bytes:
         """Committed bytes; fewer at the end of the file, none past it, zeros in holes."""
         end = min(offset + length, self.head.size)
         if offset >= end:
             return b""
-        base, pieces = self._plan(offset, end)
-        needed = [address for address, _, _ in base]
-        needed += [piece.source for piece in pieces if isinstance(piece.source, FrameAddress)]
-        if not needed:
-            frames: list[bytes] = []
-        else:
-            frames = self._source.cache.fetch(self._source.prefix, needed)
-        if len(base) == 1 and not pieces:
-            address, low, high = base[0]
-            if (low, high) == (offset, end):
-                return frames[0][low - address.offset : high - address.offset]
+        plan = self._plan(offset, end)
+        frames = iter(self._source.cache.fetch(self._source.prefix, _addresses(plan)))
+        parts = [(piece, piece.source if isinstance(piece.source, bytes) else next(frames)) for piece in plan]
+        if len(parts) == 1 and (plan[0].start, plan[0].end) == (offset, end):
+            piece, data = parts[0]
+            return data[offset - piece.origin : end - piece.origin]
         result = bytearray(end - offset)
-        frame = iter(frames)
-        for address, low, high in base:
-            data = next(frame)
-            result[low - offset : high - offset] = memoryview(data)[low - address.offset : high - address.offset]
-        for piece in pieces:
-            data = piece.source if isinstance(piece.source, bytes) else next(frame)
+        for piece, data in parts:
             part = memoryview(data)[piece.start - piece.origin : piece.end - piece.origin]
             result[piece.start - offset : piece.end - offset] = part
         return bytes(result)
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
-        base, pieces = self._plan(offset, min(end, self.head.size))
-        addresses = [address for address, _, _ in base]
-        addresses += [piece.source for piece in pieces if isinstance(piece.source, FrameAddress)]
-        self._source.cache.prefetch(self._source.prefix, addresses)
+        self._source.cache.prefetch(self._source.prefix, _addresses(self._plan(offset, min(end, self.head.size))))
 
-    def _plan(self, offset: int, end: int) -> tuple[list[tuple[FrameAddress, int, int]], list[Piece]]:
-        """(base frames with the file range each is needed for, log pieces clipped to offset..end)."""
-        block_size = self.head.block_size
-        first, last = offset // block_size, -(-end // block_size)
-        base: list[tuple[FrameAddress, int, int]] = []
-        pieces: list[Piece] = []
-        extents = iter(self.map.find(first, last))
-        extent = next(extents, None)
+    def _plan(self, offset: int, end: int) -> list[Piece]:
+        """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""
+        size = self.head.block_size
+        first, last = offset // size, -(-end // size)
+        homes = {block: extent for extent in self.map.find(first, last) for block in range(extent.first, extent.end)}
+        plan: list[Piece] = []
         for block in range(first, last):
-            while extent is not None and extent.end <= block:
-                extent = next(extents, None)
-            here = extent if extent is not None and extent.first <= block else None
-            complete_to = here.seq if here is not None else -1
-            low, high = max(offset, block * block_size), min(end, (block + 1) * block_size)
-            gaps_from = low
-            limit = min(high, self._base_limit(complete_to))
-            uncovered = False
-            for piece in self._overlay.get(block, ()):
-                if piece.seq <= complete_to or piece.end <= low or piece.start >= high:
-                    continue
-                clipped = piece._replace(start=max(piece.start, low), end=min(piece.end, high))
-                pieces.append(clipped)
-                uncovered |= gaps_from < min(clipped.start, limit)
-                gaps_from = clipped.end
-            uncovered |= gaps_from < limit
-            if here is not None and uncovered:
-                address = slot_address(here.ref, here.slot + block - here.first, block, block_size)
-                base.append((address, low, limit))
-        return base, pieces
-
-    def _base_limit(self, complete_to: int) -> int:
-        """Base bytes of a block complete to this seq count only below the lowest cut made after it."""
-        for cut in self._cuts:  # seq and `at` both rise, so the first later one is the lowest
-            if cut.seq > complete_to:
-                return cut.at
-        return self.head.size
+            home = homes.get(block)
+            complete_to = -1 if home is None else home.seq
+            low, high = max(offset, block * size), min(end, (block + 1) * size)
+            logged = [
+                piece._replace(start=max(piece.start, low), end=min(piece.end, high))
+                for piece in self._log.overlay.get(block, ())
+                if piece.seq > complete_to and piece.end > low and piece.start < high
+            ]
+            if home is not None:
+                # Cuts rise in seq and `at`, so the first one after what the block is complete to is the lowest.
+                limit = min(high, next((cut.at for cut in self._log.cuts if cut.seq > complete_to), high))
+                covered_to = [low, *(piece.end for piece in logged)]
+                covered_from = [*(min(piece.start, limit) for piece in logged), limit]
+                if any(gap < until for gap, until in zip(covered_to, covered_from, strict=True)):
+                    address = slot_address(home.ref, home.slot + block - home.first, block, size)
+                    plan.append(Piece(low, limit, complete_to, address, address.offset))
+            plan += logged
+        return plan
 
 
+@dataclass(slots=True)
 class _Log:
-    """Builds the index: commits are applied in the order of their seq, each its cut first, then its bytes."""
+    """The index of a log: commits are applied in the order of their seq, each its cut first, then its bytes."""
 
-    def __init__(
-        self, overlay: dict[int, tuple[Piece, ...]], cuts: tuple[_Cut, ...], block_size: int, size: int | None = None
-    ) -> None:
-        self.overlay = overlay
-        self.cuts = cuts
-        self._block_size = block_size
-        self._size = size
+    block_size: int
+    overlay: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
+    cuts: tuple[_Cut, ...] = ()  # seq and `at` both rise
+    size: int | None = None
 
     def apply(self, record: Commit | None, pieces: Iterable[Piece]) -> None:
         if record is not None:
-            if self._size is None or record.cut < self._size:
+            if self.size is None or record.cut < self.size:
                 self._cut(_Cut(record.seq, record.cut))
-            self._size = record.size
+            self.size = record.size
         for new in pieces:
-            block = new.start // self._block_size
-            if not block * self._block_size <= new.end - 1 < (block + 1) * self._block_size:
+            block = new.start // self.block_size
+            if (new.end - 1) // self.block_size != block:
                 raise DamagedObject(f"log bytes {new.start}..{new.end} of commit {new.seq} cross a block boundary")
             kept = [part for old in self.overlay.get(block, ()) for part in _outside(old, new)]
             self.overlay[block] = tuple(sorted((*kept, new), key=lambda piece: piece.start))
 
     def _cut(self, cut: _Cut) -> None:
-        """Log bytes beyond the cut vanish; base bytes are masked by `cuts`, in which seq and `at` both rise."""
+        """Log bytes beyond the cut vanish; base bytes are masked by `cuts`."""
         for block in [number for number, pieces in self.overlay.items() if pieces[-1].end > cut.at]:
             kept = tuple(p._replace(end=min(p.end, cut.at)) for p in self.overlay.pop(block) if p.start < cut.at)
             if kept:
@@ -259,26 +222,44 @@ class _Log:
         self.cuts = (*(earlier for earlier in self.cuts if earlier.at < cut.at), cut)
 
 
-def _outside(piece: Piece, new: Piece) -> Iterator[Piece]:
+def tail_pieces(commit: LogCommit) -> list[Piece]:
+    return [Piece(offset, offset + len(data), commit.record.seq, data, offset) for offset, data in commit.chunks]
+
+
+def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]:
+    return [Piece(e.offset, e.offset + e.raw, e.seq, e.address(ref), e.offset) for e in entries]
+
+
+def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str) -> Index:
+    """Raises DamagedObject, StoreError."""
+    key = segment.ref.key(prefix)
+    if segment.index_length > MAX_FRAME_BYTES:
+        raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
+    body = _get(store, key, site, segment.index_pos, segment.index_length)
+    return decode_index(body, segment.ref.uid, segment.index_crc, f"{store.name}/{key}")
+
+
+def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:
+    try:
+        return store.get(key, site=site, start=start, length=length).body
+    except ObjectNotFound:
+        raise DamagedObject(f"{store.name}/{key}: missing") from None
+
+
+def _addresses(plan: Iterable[Piece]) -> list[FrameAddress]:
+    return [piece.source for piece in plan if isinstance(piece.source, FrameAddress)]
+
+
+def _outside(piece: Piece, new: Piece) -> list[Piece]:
     """What of `piece` `new` leaves visible."""
     if piece.end <= new.start or piece.start >= new.end:
-        yield piece
-        return
-    if piece.start < new.start:
-        yield piece._replace(end=new.start)
-    if piece.end > new.end:
-        yield piece._replace(start=new.end)
-
-
-def tail_pieces(commit: LogCommit) -> Iterator[Piece]:
-    for offset, data in commit.chunks:
-        yield Piece(offset, offset + len(data), commit.record.seq, data, offset)
+        return [piece]
+    parts = (piece._replace(end=new.start), piece._replace(start=new.end))
+    return [part for part in parts if part.start < part.end]
 
 
 def _load_indexes(source: Source, segments: Sequence[Segment]) -> list[Index]:
-    futures = []
-    for segment in segments[1:]:
-        futures.append(source.runtime.submit(lambda segment=segment: source.load_index(segment)))  # type: ignore[misc]
+    futures = [source.runtime.submit(partial(source.load_index, segment)) for segment in segments[1:]]
     result = [source.load_index(segment) for segment in segments[:1]]
     for segment, future in zip(segments[1:], futures, strict=True):
         # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.

@@ -12,23 +12,21 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from s3blockfs.blockmap import joined
 from s3blockfs.config import Config
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreError
 from s3blockfs.format import data as codec
-from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, Commit, FrameAddress, slots_per_object
+from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, Commit, slots_per_object
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import ObjectRef
-from s3blockfs.snapshot import Piece, Source
+from s3blockfs.snapshot import Piece, Source, segment_pieces
 
 
 class Uploads:
-    """The data objects of one transaction on their way to S3: in parallel, within a memory bound, before the swap.
-
-    A transaction that writes an uploaded block again calls `forget`; the block is then uploaded anew at the commit.
-    Uploads that never become part of a head are garbage for the collector; nobody else deletes them.
-    """
+    """A transaction that writes an uploaded block again calls `forget`; the block is then uploaded anew at the commit.
+    Uploads that never become part of a head are garbage for the collector; nobody else deletes them."""
 
     def __init__(self, source: Source, config: Config, base: Head) -> None:
         self._source = source
@@ -58,7 +56,7 @@ class Uploads:
     def put_blocks(self, dirty: Dirty, blocks: Sequence[int]) -> None:
         """One block object of whole blocks; a short one (the last of the file) is padded with zeros."""
         size = self._block_size
-        ref = self._new_ref()
+        ref = self._source.new_ref(self._rev)
         frames = []
         for number in blocks:
             data = dirty.read(number * size, min((number + 1) * size, dirty.size))
@@ -68,26 +66,16 @@ class Uploads:
 
     def put_segment(self, frames: Sequence[tuple[int, bytes]]) -> tuple[Segment, list[Piece]]:
         """One segment of this commit's extents, none crossing a block boundary; its record goes into the tail."""
-        ref = self._new_ref()
-        built, segment = build_segment(ref, [(offset, self._seq, data) for offset, data in frames], ())
-        self._source.remember_index(ref, codec.Index((), built.entries))
-        self._upload(ref, built.body)
-        pieces = []
-        for entry in built.entries:
-            address = FrameAddress(ref, entry.pos, entry.stored, entry.offset, entry.raw)
-            pieces.append(Piece(entry.offset, entry.offset + entry.raw, self._seq, address, entry.offset))
-        return segment, pieces
+        rows = [(offset, self._seq, data) for offset, data in frames]
+        segment, built = build_segment(self._source, self._rev, rows, ())
+        self._upload(segment.ref, built.body)
+        return segment, segment_pieces(segment.ref, built.entries)
 
     def forget(self, first: int, end: int) -> None:
         """These blocks changed after they were uploaded, or are gone."""
-        if not self.blocks:
-            return
-        if end - first > len(self.blocks):
-            for number in [n for n in self.blocks if first <= n < end]:
-                del self.blocks[number]
-        else:
-            for number in range(first, end):
-                self.blocks.pop(number, None)
+        few = end - first <= len(self.blocks)
+        for number in range(first, end) if few else [n for n in self.blocks if first <= n < end]:
+            self.blocks.pop(number, None)
 
     def settle(self) -> None:
         """Wait for what was streamed ahead of the commit; what failed is forgotten, so that the commit uploads it."""
@@ -101,18 +89,8 @@ class Uploads:
             self._pending.popleft()[0].result()
 
     def extents(self) -> list[Extent]:
-        """What the map says of the uploaded blocks, neighbours joined."""
-        result: list[Extent] = []
-        for number, (ref, slot) in sorted(self.blocks.items()):
-            last = result[-1] if result else None
-            if last is not None and (last.end, last.ref, last.slot + last.blocks) == (number, ref, slot):
-                result[-1] = last._replace(blocks=last.blocks + 1)
-            else:
-                result.append(Extent(number, 1, ref, slot, self._seq))
-        return result
-
-    def _new_ref(self) -> ObjectRef:
-        return self._source.new_ref(self._rev)
+        """What the map says of the uploaded blocks."""
+        return joined(Extent(number, 1, *place, self._seq) for number, place in sorted(self.blocks.items()))
 
     def _upload(self, ref: ObjectRef, body: bytes) -> None:
         while len(self._pending) >= self._most:
@@ -133,10 +111,12 @@ class Uploads:
 
 
 def build_segment(
-    ref: ObjectRef, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit]
-) -> tuple[codec.BuiltObject, Segment]:
+    source: Source, rev: int, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit]
+) -> tuple[Segment, codec.BuiltObject]:
     """A data object in the log role from (offset, seq, bytes) frames, and what the head says of it."""
+    ref = source.new_ref(rev)
     built = codec.build(ref.uid, LOG, frames, commits)
+    source.remember_index(ref, codec.Index(tuple(commits), built.entries))
     seqs = [seq for _, seq, _ in frames] + [record.seq for record in commits]
     index = (built.index_pos, built.index_length, built.index_crc)
-    return built, Segment(ref, min(seqs), max(seqs), len(built.body), *index)
+    return Segment(ref, min(seqs), max(seqs), len(built.body), *index), built

@@ -378,14 +378,13 @@ def test_read_ahead_is_joined_by_readers(world: World, threads: ThreadPoolExecut
 
 def test_indexes_are_kept_for_many_threads(world: World, threads: ThreadPoolExecutor) -> None:
     """A look-up in an LRU changes it: with room for two, threads that load, find and evict never meet half a change."""
+    source = Source(world.store, world.cache, world.runtime, "P", LRUCache(2))
     segments, built = [], []
     for number in range(1, 5):
-        ref = ObjectRef(number, number.to_bytes(8, "big"), number.to_bytes(8, "big"))
-        whole, segment = build_segment(ref, [(0, number, content(number, 0))], ())
-        world.store.put(ref.key("P"), whole.body, site="t")
+        segment, whole = build_segment(source, number, [(0, number, content(number, 0))], ())
+        world.store.put(segment.ref.key("P"), whole.body, site="t")
         segments.append(segment)
         built.append(whole)
-    source = Source(world.store, world.cache, world.runtime, "P", LRUCache(2))
 
     def work(seed: int) -> None:
         for step in range(400):

@@ -31,9 +31,7 @@ _EXTENT = struct.Struct(">QQQII")  # pos, offset, seq, raw length, stored length
 _MAGIC, _END_MAGIC = b"S3BD", b"DB3S"
 _RAW, _ZLIB = 0, 1
 
-HEADER_BYTES = _HEADER.size
-FRAME_BYTES = _FRAME.size
-FOOTER_BYTES = _FOOTER.size
+HEADER_BYTES, FRAME_BYTES, FOOTER_BYTES = _HEADER.size, _FRAME.size, _FOOTER.size
 COMMIT_ID_BYTES = 16
 
 #: Payload of a block object, and the size at which segments are split: large enough that requests cost little, small
@@ -80,6 +78,9 @@ class IndexEntry(NamedTuple):
     raw: int
     stored: int
 
+    def address(self, ref: ObjectRef) -> FrameAddress:
+        return FrameAddress(ref, self.pos, self.stored, self.offset, self.raw)
+
 
 @dataclass(frozen=True, slots=True)
 class Index:
@@ -113,9 +114,7 @@ def build(
 ) -> BuiltObject:
     """Encode (offset, seq, bytes) frames. In the base role all must have one length, that of a block."""
     header = _HEADER.pack(_MAGIC, VERSION, role, 0, uid)
-    parts = [header]
-    entries = []
-    pos = HEADER_BYTES
+    parts, entries, pos = [header], [], HEADER_BYTES
     for offset, seq, raw in frames:
         codec, stored = _RAW, raw
         if role == LOG:
@@ -123,7 +122,7 @@ def build(
             if len(packed) < len(raw) * 9 // 10:
                 codec, stored = _ZLIB, packed
         head = _FRAME.pack(offset, seq, len(raw), len(stored), codec, 0)[:-4]
-        parts += (head, struct.pack(">I", _frame_crc(uid, head, stored)), stored)
+        parts += (head, _frame_crc(uid, head, stored).to_bytes(4, "big"), stored)
         entries.append(IndexEntry(pos, offset, seq, len(raw), len(stored)))
         pos += FRAME_BYTES + len(stored)
     index = zlib.compress(
@@ -135,7 +134,7 @@ def build(
     index_crc = zlib.crc32(index, zlib.crc32(uid))
     length = pos + len(index) + FOOTER_BYTES
     footer = _FOOTER.pack(uid, pos, len(index), index_crc, len(entries), len(commits), length, _END_MAGIC, 0)[:-4]
-    parts += (index, footer, struct.pack(">I", zlib.crc32(header + footer)))
+    parts += (index, footer, zlib.crc32(header + footer).to_bytes(4, "big"))
     return BuiltObject(b"".join(parts), pos, len(index), index_crc, tuple(entries))
 
 
@@ -145,16 +144,14 @@ def decode_frame(buffer: bytes | memoryview, address: FrameAddress, name: str) -
     if len(buffer) != FRAME_BYTES + address.stored:
         raise DamagedObject(f"{where}: {len(buffer)} bytes instead of {FRAME_BYTES + address.stored}; object truncated")
     offset, _seq, raw, stored, codec, crc = _FRAME.unpack_from(buffer)
-    payload = bytes(buffer[FRAME_BYTES:])
-    if crc != _frame_crc(address.ref.uid, buffer[: FRAME_BYTES - 4], payload):
+    data = bytes(buffer[FRAME_BYTES:])
+    if crc != _frame_crc(address.ref.uid, buffer[: FRAME_BYTES - 4], data):
         raise DamagedObject(f"{where}: checksum mismatch")
     if (offset, raw, stored) != (address.offset, address.raw, address.stored):
         raise DamagedObject(f"{where}: holds other bytes than its place says")
-    if codec == _RAW:
-        data = payload
-    elif codec == _ZLIB:
-        data = inflate(payload, raw, where)
-    else:
+    if codec == _ZLIB:
+        data = inflate(data, raw, where)
+    elif codec != _RAW:
         raise NewerFormat(f"{name}: unknown compression {codec}; upgrade s3blockfs")
     if len(data) != raw:
         raise DamagedObject(f"{where}: {len(data)} bytes unpacked instead of {raw}")
@@ -166,12 +163,10 @@ def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:
     if zlib.crc32(buffer, zlib.crc32(uid)) != crc:
         raise DamagedObject(f"{name}: checksum mismatch in the index")
     data = inflate(buffer, MAX_FRAME_BYTES, name)
-    if len(data) < 8:
-        raise DamagedObject(f"{name}: index too short")
-    n_commits, n_extents = struct.unpack_from(">II", data)
-    if len(data) != 8 + n_commits * _COMMIT.size + n_extents * _EXTENT.size:
-        raise DamagedObject(f"{name}: index length does not fit its counts")
+    n_commits, n_extents = struct.unpack_from(">II", data) if len(data) >= 8 else (0, 0)
     middle = 8 + n_commits * _COMMIT.size
+    if len(data) != middle + n_extents * _EXTENT.size:
+        raise DamagedObject(f"{name}: index length does not fit its counts")
     extents = tuple(IndexEntry(*row) for row in _EXTENT.iter_unpack(data[middle:]))
     if any(entry.raw > MAX_FRAME_BYTES or entry.stored > MAX_FRAME_BYTES for entry in extents):
         raise DamagedObject(f"{name}: an extent of more than {MAX_FRAME_BYTES} bytes")
@@ -196,7 +191,7 @@ def decode_object(body: bytes, ref: ObjectRef, name: str) -> tuple[int, Index]:
     if len(index.extents) != frames or len(index.commits) != commits:
         raise DamagedObject(f"{name}: footer and index disagree")
     for entry in index.extents:
-        address = FrameAddress(ref, entry.pos, entry.stored, entry.offset, entry.raw)
+        address = entry.address(ref)
         decode_frame(body[entry.pos : address.end], address, name)
     return role, index
 

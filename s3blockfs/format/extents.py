@@ -54,9 +54,7 @@ class LeafRef(NamedTuple):
 
 def encode(extents: Iterable[Extent]) -> bytes:
     rows = list(extents)
-    numbers: dict[ObjectRef, int] = {}
-    for extent in rows:
-        numbers.setdefault(extent.ref, len(numbers))
+    numbers = {ref: number for number, ref in enumerate(dict.fromkeys(extent.ref for extent in rows))}
     body = (
         struct.pack(">II", len(numbers), len(rows))
         + b"".join(_OBJECT.pack(*ref) for ref in numbers)
@@ -72,18 +70,14 @@ def decode(encoded: bytes, name: str) -> tuple[Extent, ...]:
     if encoded[:5] != _MAGIC:
         raise NewerFormat(f"{name}: block map version {encoded[4:5].hex()}; upgrade s3blockfs")
     body = inflate(encoded[5:], _MAX_LEAF_BYTES, name)
-    if len(body) < 8:
-        raise DamagedObject(f"{name}: block map too short")
-    n_objects, n_extents = struct.unpack_from(">II", body)
+    n_objects, n_extents = struct.unpack_from(">II", body) if len(body) >= 8 else (0, 0)
     middle = 8 + n_objects * _OBJECT.size
     if len(body) != middle + n_extents * _EXTENT.size:
         raise DamagedObject(f"{name}: block map length does not fit its counts")
     refs = [ObjectRef(*row) for row in _OBJECT.iter_unpack(body[8:middle])]
-    extents = []
-    end = 0
+    rows: list[Extent] = []
     for first, blocks, number, slot, seq in _EXTENT.iter_unpack(body[middle:]):
-        if number >= n_objects or blocks == 0 or first < end:
+        if number >= n_objects or blocks == 0 or (rows and first < rows[-1].end):
             raise DamagedObject(f"{name}: block map out of order")
-        end = first + blocks
-        extents.append(Extent(first, blocks, refs[number], slot, seq))
-    return tuple(extents)
+        rows.append(Extent(first, blocks, refs[number], slot, seq))
+    return tuple(rows)

@@ -32,8 +32,6 @@ MAX_BLOCK_BYTES = 4 * 1024 * 1024
 
 _TRAILER = struct.Struct(">4sI")
 _MAGIC = b"S3BH"
-_HEX16 = re.compile(r"[0-9a-f]{16}")
-_HEX32 = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +129,11 @@ def decode(body: bytes, name: str) -> Head:
     if len(body) > MAX_HEAD_BYTES:
         raise DamagedObject(f"{name}: {len(body)} bytes are too many for a head")
     line, newline, rest = body.partition(b"\n")
-    fields = _parse_line(line, name)
-    version = fields.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    try:
+        fields = json.loads(line) if len(line) <= MAX_LINE_BYTES else None
+    except (ValueError, RecursionError) as error:
+        raise DamagedObject(f"{name}: not the head of a database (its first line is no JSON)") from error
+    if not isinstance(fields, dict) or type(version := fields.get("format")) is not int or version < 1:
         raise DamagedObject(f"{name}: not the head of a database")
     if version > FORMAT:
         raise NewerFormat(f"{name}: format {version}, this s3blockfs reads up to {FORMAT}; upgrade s3blockfs")
@@ -142,36 +142,34 @@ def decode(body: bytes, name: str) -> Head:
     magic, crc = _TRAILER.unpack(rest[-_TRAILER.size :])
     if magic != _MAGIC or crc != zlib.crc32(body[: -_TRAILER.size], zlib.crc32(_MAGIC)):
         raise DamagedObject(f"{name}: checksum mismatch in the head")
-    get = _Fields(fields, name)
-    map_bytes, tail_bytes = get.number("map_bytes"), get.number("tail_bytes")
+
+    def get(field: str, convert: Callable[..., Any], *options: Any) -> Any:
+        try:
+            return convert(fields.get(field), *options)
+        except (ValueError, TypeError) as error:
+            raise DamagedObject(f"{name}: bad field {field!r} in the head") from error
+
+    map_bytes, tail_bytes = get("map_bytes", _number), get("tail_bytes", _number)
     if map_bytes + tail_bytes + _TRAILER.size != len(rest):
         raise DamagedObject(f"{name}: sections do not fill the head")
     head = Head(
-        id=get.hex("id", _HEX32),
-        rev=get.number("rev"),
-        seq=get.number("seq"),
-        commit=get.hex("commit", _HEX32),
-        size=get.number("size_bytes", MAX_DATABASE_BYTES),
-        block_size=get.number("block_size", MAX_BLOCK_BYTES),
-        nonce=get.hex("nonce", _HEX16),
-        writer=get.text("writer"),
-        time_ms=get.number("time_ms"),
-        floor=get.number("floor"),
-        deleted=get.flag("deleted"),
-        name=None if fields.get("name") is None else get.text("name"),
-        counter=None if fields.get("counter") is None else get.number("counter", 0xFFFFFFFF),
-        lease=get.optional("lease", lambda row: Lease(_text(row[0]), _text(row[1]), _number(row[2]))),
-        segments=get.rows(
-            "segments",
-            lambda row: Segment(ObjectRef.decode(row[0], name), *(_number(value) for value in _exactly(row[1:], 6))),
-        ),
-        snapshots=get.rows("snapshots", lambda row: NamedSnapshot(_text(row[0]), _text(row[1]))),
-        leaves=get.rows(
-            "leaves",
-            lambda row: LeafRef(
-                _number(row[0]), _number(row[1]), _number(row[2]), bytes.fromhex(_text(row[3], _HEX16)), _number(row[4])
-            ),
-        ),
+        id=get("id", _hex, 16),
+        rev=get("rev", _number),
+        seq=get("seq", _number),
+        commit=get("commit", _hex, 16),
+        size=get("size_bytes", _number, MAX_DATABASE_BYTES),
+        block_size=get("block_size", _number, MAX_BLOCK_BYTES),
+        nonce=get("nonce", _hex, 8),
+        writer=get("writer", _text),
+        time_ms=get("time_ms", _number),
+        floor=get("floor", _number),
+        deleted=get("deleted", _flag),
+        name=get("name", _optional, _text),
+        counter=get("counter", _optional, _number, 0xFFFFFFFF),
+        lease=get("lease", _optional, _row, lambda o, n, seconds: Lease(_text(o), _text(n), _number(seconds))),
+        segments=get("segments", _rows, lambda ref, *n: Segment(ObjectRef.decode(ref, name), *map(_number, n))),
+        snapshots=get("snapshots", _rows, lambda label, key: NamedSnapshot(_text(label), _text(key))),
+        leaves=get("leaves", _rows, _leaf),
         extents=extents.decode(rest[:map_bytes], name),
         tail=Tail.decode(rest[map_bytes : map_bytes + tail_bytes], name),
     )
@@ -182,74 +180,48 @@ def decode(body: bytes, name: str) -> Head:
     return head
 
 
-def _parse_line(line: bytes, name: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise DamagedObject(f"{name}: not the head of a database (its first line has {len(line)} bytes)")
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DamagedObject(f"{name}: not the head of a database (its first line is no JSON)") from error
-    if not isinstance(fields, dict):
-        raise DamagedObject(f"{name}: not the head of a database")
-    return fields
+# Converters of JSON values: each raises ValueError or TypeError for what it cannot take.
 
 
-def _number(value: Any, limit: int = (1 << 64) - 1) -> int:
+def _number(value: Any, limit: int = (1 << 63) - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
         raise ValueError("not a number in range")
     return value
 
 
-def _text(value: Any, pattern: re.Pattern[str] | None = None) -> str:
-    if not isinstance(value, str) or len(value) > 4096 or (pattern and not pattern.fullmatch(value)):
-        raise ValueError("not a text of the right form")
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 4096:
+        raise ValueError("not a text")
     return value
 
 
-def _exactly(row: Any, count: int) -> Any:
-    if not isinstance(row, list) or len(row) != count:
-        raise ValueError("not a row of the right length")
-    return row
+def _hex(value: Any, size: int) -> bytes:
+    if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", value):
+        raise ValueError("not hex digits")
+    return bytes.fromhex(value)
 
 
-class _Fields:
-    """Typed access to the JSON line; every misfit is a DamagedObject that names the field."""
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("not true or false")
+    return value
 
-    def __init__(self, fields: dict[str, Any], name: str) -> None:
-        self._fields = fields
-        self._name = name
 
-    def _convert(self, field: str, convert: Callable[[Any], Any]) -> Any:
-        try:
-            return convert(self._fields.get(field))
-        except (ValueError, TypeError, IndexError, KeyError) as error:
-            raise DamagedObject(f"{self._name}: bad field {field!r} in the head") from error
+def _optional(value: Any, convert: Callable[..., Any], *options: Any) -> Any:
+    return None if value is None else convert(value, *options)
 
-    def number(self, field: str, limit: int = (1 << 63) - 1) -> int:
-        result: int = self._convert(field, lambda value: _number(value, limit))
-        return result
 
-    def text(self, field: str) -> str:
-        result: str = self._convert(field, _text)
-        return result
+def _row(value: Any, make: Callable[..., Any]) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("not a row")
+    return make(*value)
 
-    def flag(self, field: str) -> bool:
-        value = self._fields.get(field)
-        if not isinstance(value, bool):
-            raise DamagedObject(f"{self._name}: bad field {field!r} in the head")
-        return value
 
-    def hex(self, field: str, pattern: re.Pattern[str]) -> bytes:
-        return bytes.fromhex(self._convert(field, lambda value: _text(value, pattern)))
+def _rows(value: Any, make: Callable[..., Any]) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError("not a list of rows")
+    return tuple(_row(row, make) for row in value)
 
-    def optional(self, field: str, convert: Callable[[Any], Any]) -> Any:
-        return None if self._fields.get(field) is None else self._convert(field, convert)
 
-    def rows(self, field: str, convert: Callable[[Any], Any]) -> tuple[Any, ...]:
-        def convert_all(value: Any) -> tuple[Any, ...]:
-            if not isinstance(value, list):
-                raise ValueError("not a list")
-            return tuple(convert(row) for row in value)
-
-        result: tuple[Any, ...] = self._convert(field, convert_all)
-        return result
+def _leaf(first: Any, number: Any, rev: Any, nonce: Any, crc: Any) -> LeafRef:
+    return LeafRef(_number(first), _number(number), _number(rev), _hex(nonce, 8), _number(crc))

@@ -11,12 +11,8 @@ from typing import NamedTuple
 
 from s3blockfs.errors import DamagedObject, UsageError
 
-#: S3's limit on a key, in bytes of UTF-8 (Amazon S3 User Guide, "Naming Amazon S3 objects").
-MAX_KEY_BYTES = 1024
-
-#: The longest thing that follows a prefix: `/archive/` + 16 + `-` + 16.
-LONGEST_SUFFIX_BYTES = 48
-
+MAX_KEY_BYTES = 1024  # of UTF-8: Amazon S3 User Guide, "Naming Amazon S3 objects"
+LONGEST_SUFFIX_BYTES = 48  # at most, behind a prefix: `/map/`, 6 + 16 + 16 digits and two `-` are 45
 NONCE_BYTES = 8
 
 #: Hidden folder under a mounted prefix: the probe's result and the marks of deleted databases.
@@ -75,7 +71,7 @@ def check_prefix(prefix: str) -> None:
         if not is_file_name(part) or part == HIDDEN_FOLDER:
             raise UsageError(f"{prefix!r}: not usable as a database name")
     if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
-        raise UsageError(f"{prefix[:40]}...: name too long; S3 keys end at {MAX_KEY_BYTES} bytes")
+        raise UsageError(f"{prefix[:40]}...: name too long for an S3 key")
 
 
 def is_file_name(part: str) -> bool:

@@ -26,6 +26,9 @@ _RECORD = struct.Struct(">Q16sQQQI")  # seq, commit id, time in ms, size in byte
 _CHUNK = struct.Struct(">QHHB")  # offset, raw length, stored length, codec
 _RAW, _ZLIB, _DELTA = 0, 1, 2
 
+#: (offset, length) -> the last version of that chunk.
+_Latest = dict[tuple[int, int], bytes]
+
 
 class LogCommit(NamedTuple):
     """A commit with its bytes: (file offset, data) chunks, disjoint, each inside one CHUNK_BYTES-aligned piece."""
@@ -43,45 +46,41 @@ class Tail:
     raw_bytes: int = 0
     _latest: Mapping[tuple[int, int], bytes] = field(default_factory=dict, compare=False, repr=False)
 
-    def append(self, commit: LogCommit) -> Tail:
+    @classmethod
+    def of(cls, commits: Iterable[LogCommit]) -> Tail:
+        return cls().append(*commits)
+
+    def append(self, *commits: LogCommit) -> Tail:
         latest = dict(self._latest)
-        encoded = self.encoded + _encode(commit, latest)
-        raw = self.raw_bytes + sum(len(data) for _, data in commit.chunks)
-        return Tail((*self.commits, commit), encoded, raw, latest)
+        encoded = self.encoded + b"".join(_encode(commit, latest) for commit in commits)
+        raw_bytes = self.raw_bytes + sum(len(data) for commit in commits for _, data in commit.chunks)
+        return Tail((*self.commits, *commits), encoded, raw_bytes, latest)
 
     def after(self, seq: int) -> Tail:
         """Without the commits up to and including `seq`, which a segment holds now."""
         return Tail.of(commit for commit in self.commits if commit.record.seq > seq)
 
     @classmethod
-    def of(cls, commits: Iterable[LogCommit]) -> Tail:
-        kept = tuple(commits)
-        latest: dict[tuple[int, int], bytes] = {}
-        encoded = b"".join(_encode(commit, latest) for commit in kept)
-        return cls(kept, encoded, sum(len(data) for c in kept for _, data in c.chunks), latest)
-
-    @classmethod
     def decode(cls, encoded: bytes, name: str) -> Tail:
         """Raises DamagedObject; unpacks at most MAX_RAW_BYTES in MAX_COMMITS commits."""
-        latest: dict[tuple[int, int], bytes] = {}
+        latest: _Latest = {}
         commits: list[LogCommit] = []
         pos = raw_bytes = 0
         try:
             while pos < len(encoded):
-                seq, commit_id, time_ms, size, cut, n_chunks = _RECORD.unpack_from(encoded, pos)
+                *record, n_chunks = _RECORD.unpack_from(encoded, pos)
                 pos += _RECORD.size
                 chunks = []
                 for _ in range(n_chunks):
                     offset, raw, stored, codec = _CHUNK.unpack_from(encoded, pos)
-                    pos += _CHUNK.size
-                    data = _decode_chunk(encoded[pos : pos + stored], raw, codec, latest.get((offset, raw)), name)
-                    pos += stored
-                    raw_bytes += raw
+                    pos += _CHUNK.size + stored
+                    data = _decode_chunk(encoded[pos - stored : pos], raw, codec, latest.get((offset, raw)), name)
                     latest[offset, raw] = data
                     chunks.append((offset, data))
+                    raw_bytes += raw
                     if raw_bytes > MAX_RAW_BYTES:
                         raise DamagedObject(f"{name}: the tail unpacks to more than {MAX_RAW_BYTES} bytes")
-                commits.append(LogCommit(Commit(seq, commit_id, time_ms, size, cut), tuple(chunks)))
+                commits.append(LogCommit(Commit(*record), tuple(chunks)))
                 if len(commits) > MAX_COMMITS:
                     raise DamagedObject(f"{name}: more than {MAX_COMMITS} commits in the tail")
         except struct.error as error:
@@ -94,12 +93,12 @@ def split_chunks(offset: int, data: bytes, block_size: int) -> Iterable[tuple[in
     pos = 0
     while pos < len(data):
         here = offset + pos
-        step = min(CHUNK_BYTES - here % CHUNK_BYTES, block_size - here % block_size, len(data) - pos)
+        step = min(CHUNK_BYTES - here % CHUNK_BYTES, block_size - here % block_size)
         yield here, data[pos : pos + step]
         pos += step
 
 
-def _encode(commit: LogCommit, latest: dict[tuple[int, int], bytes]) -> bytes:
+def _encode(commit: LogCommit, latest: _Latest) -> bytes:
     parts = [_RECORD.pack(*commit.record, len(commit.chunks))]
     for offset, data in commit.chunks:
         previous = latest.get((offset, len(data)))
