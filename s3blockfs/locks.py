@@ -1,8 +1,7 @@
 """POSIX byte-range locks of one file, decided in this process, and SQLite's reading of them.
 
-A mount that implements FUSE's `lock` operation must settle every conflict itself (the kernel then keeps no locks of its
-own). An owner is any hashable, in the mount FUSE's `lock_owner`, which stands for one process's descriptor table.
-Ranges are inclusive at both ends. Does not belong here: leases across machines, what a level means for a transaction.
+A mount that implements FUSE's `lock` must settle every conflict itself: the kernel then keeps no locks of its own. An
+owner is FUSE's `lock_owner`, or any hashable. Ranges include both ends. Does not belong here: leases across machines.
 
 Thread rule: every method may be called from any thread; only `wait_lock` blocks. Deadlocks are not looked for: a waiter
 can be interrupted, and SQLite never waits.
@@ -30,8 +29,7 @@ RESERVED_BYTE = PENDING_BYTE + 1
 SHARED_FIRST = PENDING_BYTE + 2
 SHARED_SIZE = 510
 
-#: How often a waiter looks whether its caller gave up, in seconds. FUSE reports that only when asked, and a killed
-#: process stays until its waiter answers: short enough not to be felt, long enough to cost nothing.
+#: How often a waiter asks whether its caller gave up, in seconds: a killed process stays until its waiter answers.
 POLL_S = 0.05
 
 
@@ -47,9 +45,8 @@ class Level(IntEnum):
 
     NONE = 0
     SHARED = 1
-    RESERVED = 2
-    PENDING = 3
-    EXCLUSIVE = 4
+    RESERVED = 2  # or PENDING, which a play-back holds without RESERVED
+    EXCLUSIVE = 3
 
 
 class Lock(NamedTuple):
@@ -63,9 +60,6 @@ class Lock(NamedTuple):
 
     def overlaps(self, start: int, end: int) -> bool:
         return self.start <= end and start <= self.end
-
-    def covers(self, start: int, end: int) -> bool:
-        return self.start <= start and end <= self.end
 
 
 class RangeLocks:
@@ -104,8 +98,7 @@ class RangeLocks:
     def wait_lock(
         self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
     ) -> None:
-        """F_SETLKW: return once granted. `interrupted` is asked every POLL_S seconds, in the calling thread; when it
-        says yes: InterruptedError (EINTR)."""
+        """F_SETLKW: return once granted, or raise InterruptedError when `interrupted`, asked on this thread, tells."""
         while True:
             with self._changed:
                 if self.try_lock(owner, kind, start, end, pid) is None:
@@ -119,11 +112,9 @@ class RangeLocks:
         last = SHARED_FIRST + SHARED_SIZE - 1
         own = [lock for lock in self._held if lock.owner == owner]
         written = [lock for lock in own if lock.kind is Kind.WRITE]
-        if any(lock.covers(SHARED_FIRST, last) for lock in written):
+        if any(lock.start <= SHARED_FIRST and last <= lock.end for lock in written):
             return Level.EXCLUSIVE
-        if any(lock.covers(PENDING_BYTE, PENDING_BYTE) for lock in written):
-            return Level.PENDING
-        if any(lock.covers(RESERVED_BYTE, RESERVED_BYTE) for lock in written):
+        if any(lock.overlaps(PENDING_BYTE, RESERVED_BYTE) for lock in written):
             return Level.RESERVED
         reads = any(lock.overlaps(SHARED_FIRST, last) for lock in own)  # any byte: whoever might read counts
         return Level.SHARED if reads else Level.NONE
@@ -133,14 +124,13 @@ class RangeLocks:
         pids = {lock.owner: lock.pid for lock in self._held}
         return [(owner, pid) for owner, pid in pids.items() if self.level(owner) >= Level.RESERVED]
 
-    def _replace(self, owner: Hashable, start: int, end: int, lock: Lock | None = None) -> None:
-        """Cut the range out of the owner's locks and put `lock` in its place. `_held` is replaced, never changed, so
-        that others can read it at any time."""
+    def _replace(self, owner: Hashable, start: int, end: int, *new: Lock) -> None:
+        """Put `new` in the place of what the owner has in the range. `_held` is a new list: others may be reading."""
         own = [held for held in self._held if held.owner == owner]
         before = [held._replace(end=min(held.end, start - 1)) for held in own if held.start < start]
         after = [held._replace(start=max(held.start, end + 1)) for held in own if held.end > end]
         result = [held for held in self._held if held.owner != owner]
-        for piece in (*before, *([lock] if lock else ()), *after):
+        for piece in (*before, *new, *after):
             last = result[-1] if result else None
             if last and (last.owner, last.kind, last.end + 1) == (owner, piece.kind, piece.start):
                 result[-1] = piece._replace(start=last.start)

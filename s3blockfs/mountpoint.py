@@ -1,7 +1,6 @@
 """The care of mount points: what a machine must have, unmounting, and clearing what a killed daemon left behind.
 
-Works without libfuse, on the kernel's mount table and `fusermount` (libfuse 3 brings it as `fusermount3`; it serves
-mounts of libfuse 2 as well). Does not belong here: serving a mount (`fuse_binding.py`).
+Works without libfuse, on the kernel's mount table and `fusermount`. Serving a mount is in `fuse_binding.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,48 +24,30 @@ ANSWER_S = 10.0
 
 def require() -> None:
     """Raise EnvironmentProblem, saying how to get it, when this machine lacks what a mount needs besides libfuse."""
-    if os.geteuid() and not shutil.which("fusermount"):
-        raise EnvironmentProblem(
-            "fusermount is missing, which libfuse needs for users other than root: apt-get install fuse3"
-        )
-    _fusermount_path()
+    _fusermount("--version")
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        if error.errno == errno.EACCES:
-            fix = "chmod 666 /dev/fuse, or run as root"
-        elif error.errno == errno.EPERM:
-            fix = "start the container with --device /dev/fuse --cap-add SYS_ADMIN"
-        else:
-            fix = "modprobe fuse; a container needs --device /dev/fuse --cap-add SYS_ADMIN"
+        fix = "as root, modprobe fuse && chmod 666 /dev/fuse; a container needs --device /dev/fuse --cap-add SYS_ADMIN"
         raise EnvironmentProblem(f"/dev/fuse cannot be opened ({error.strerror}): {fix}") from error
 
 
 def unmount(mountpoint: str) -> None:
-    """Unmount. UsageError when no s3blockfs is mounted there, Busy when something still uses it.
-
-    The daemon may still be finishing (`destroy`) when this returns.
-    """
-    path = _absolute(mountpoint)
-    if _mounted_type(path) != f"fuse.{SUBTYPE}":
+    """Unmount, or raise Busy; the daemon may still be finishing (`destroy`) when this returns."""
+    path, kind = _look_up(mountpoint)
+    if kind != f"fuse.{SUBTYPE}":
         raise UsageError(f"no s3blockfs is mounted on {path}: `grep {SUBTYPE} /proc/mounts` lists those there are")
     _fusermount("-u", path)
 
 
 def clear_dead_mount(mountpoint: str) -> bool:
-    """Unmount what a killed daemon left behind on `mountpoint`; True when there was something to clear.
-
-    A live mount, of whatever kind, is left alone. EnvironmentProblem for a dead mount that is not ours, and for one
-    that gives no answer within ANSWER_S.
-    """
-    path = _absolute(mountpoint)
-    kind = _mounted_type(path)
+    """Unmount what a killed daemon left behind; True when there was something. A live mount is left alone;
+    EnvironmentProblem for a dead one that is not ours, and for one that does not answer."""
+    path, kind = _look_up(mountpoint)
     if kind is None or not _is_dead(path):
         return False
     if kind != f"fuse.{SUBTYPE}":
-        raise EnvironmentProblem(
-            f"{path} is a dead mount of type {kind}, not ours: clear it with fusermount -u -z {path}"
-        )
+        raise EnvironmentProblem(f"{path} is a dead {kind}, not ours: clear it with fusermount -u -z {path}")
     _fusermount("-u", "-z", path)  # lazily: programs may still sit in it, and they get ENOTCONN either way
     return True
 
@@ -86,34 +66,25 @@ def _is_dead(path: str) -> bool:
         raise EnvironmentProblem(text) from error
 
 
-def _absolute(mountpoint: str) -> str:
-    """The path as the mount table has it; symlinks are followed, and a mount is not asked about itself."""
+def _look_up(mountpoint: str) -> tuple[str, str | None]:
+    """The path as the kernel's table has it, and the file system type mounted last on it; never asks the mount."""
+    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+    mounts = re.findall(r"^(?:[^ ]+ ){4}([^ ]+) .*? - ([^ ]+) ", text, re.MULTILINE)
+    table = {re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path): kind for path, kind in mounts}
     given = Path(mountpoint).absolute()
     path = os.path.join(os.path.realpath(given.parent), given.name)  # noqa: PTH118  plain strings, as in the table
-    return path if _mounted_type(path) else os.path.realpath(given)
-
-
-def _mounted_type(path: str) -> str | None:
-    """The file system type mounted last on exactly this path; asks the kernel's table and never the mount itself."""
-    kind = None
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(" ")
-        if re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4]) == path:
-            kind = fields[fields.index("-") + 1]
-    return kind
-
-
-def _fusermount_path() -> str:
-    found = shutil.which("fusermount") or shutil.which("fusermount3")
-    if not found:
-        raise EnvironmentProblem("fusermount is missing: apt-get install fuse3")
-    return found
+    if path not in table:
+        path = os.path.realpath(given)  # the last part may be a symlink
+    return path, table.get(path)
 
 
 def _fusermount(*arguments: str) -> None:
     """Raises Busy or EnvironmentProblem."""
-    command = [_fusermount_path(), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False)
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(["fusermount", *arguments], capture_output=True, text=True, env=environment, check=False)
+    except FileNotFoundError as error:
+        raise EnvironmentProblem("fusermount is missing: apt-get install fuse3") from error
     path, said = arguments[-1], done.stderr.strip().replace("\n", "; ")
     if done.returncode and "busy" in said:
         raise Busy(f"{path} is in use: close what uses it (`fuser -vm {path}` names it) and try again")

@@ -96,6 +96,9 @@ class MemoryFS(Operations):
             while True:
                 self.mounted.invalidate_inode(2)
 
+    def quiesce(self) -> None:
+        self.saw("quiesce")
+
     def destroy(self) -> None:
         self.saw("destroy")
 
@@ -211,8 +214,9 @@ def until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
 
 
 def mount_line(path: Path) -> str:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return next((line for line in lines if line.split(" ")[4] == str(path)), "")
+    shown = "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in str(path))
+    lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")
+    return next((line for line in lines if f" {shown} " in line), "")
 
 
 class Daemon:

@@ -248,7 +248,10 @@ def test_levels_along_the_life_of_a_transaction() -> None:
     assert locks.writers() == [("a", 1)]
     locks.try_lock("a", WRITE, PENDING_BYTE, PENDING_BYTE, pid=1)
     assert locks.try_lock("a", WRITE, SHARED_FIRST, SHARED_LAST, pid=1) is not None
-    assert locks.level("a") is Level.PENDING
+    assert locks.level("a") is Level.RESERVED
+    locks.unlock("a", RESERVED_BYTE, RESERVED_BYTE)
+    assert locks.level("a") is Level.RESERVED  # PENDING alone is what a play-back holds
+    assert locks.writers() == [("a", 1)]
     locks.unlock("b", 0, TO_END)
     locks.try_lock("a", WRITE, SHARED_FIRST, SHARED_LAST, pid=1)
     assert locks.level("a") is Level.EXCLUSIVE
