@@ -1,23 +1,17 @@
-"""The port to S3: the `ObjectStore` protocol and the in-memory implementation.
+"""The port to S3: the `ObjectStore` protocol.
 
 Every method names what it returns, what it raises and what a missing key means; `tests/test_objectstore.py` holds every
-implementation to this text. The real one is `s3store.py`. Does not belong here: retries of conditional PUTs (`head.py`
-alone settles them), formats, caching.
+implementation to this text: `s3store.py`, and the in-memory one in `tests/memorystore.py`. Does not belong here: retries
+of conditional PUTs (`head.py` alone settles them), formats, caching.
 
 Thread rule: every method may be called from any thread.
 """
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Protocol
-
-from s3blockfs.errors import ObjectNotFound, PreconditionFailed
-from s3blockfs.runtime import Runtime
+from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,67 +86,3 @@ class ObjectStore(Protocol):
 
     def server_time_s(self) -> float:
         """The store's clock, from the Date of its last answer plus the time since; 0.0 before the first answer."""
-
-
-class MemoryStore:
-    """An `ObjectStore` in a dict, with the conditional semantics of S3: ETags are content hashes (MD5), as there.
-
-    The options that mean nothing here (`site`, `timeout_s`) go by `_`.
-    """
-
-    def __init__(self, runtime: Runtime, name: str = "memory://store") -> None:
-        self.name = name
-        self._runtime = runtime
-        self._lock = threading.Lock()
-        self._objects: dict[str, StoredObject] = {}
-
-    def get(
-        self, key: str, *, start: int = 0, length: int | None = None, if_match: str | None = None, **_: Any
-    ) -> StoredObject:
-        with self._lock:
-            found = self._existing(key, if_match)
-        end = None if length is None else start + length
-        return replace(found, body=found.body[start:end])
-
-    def get_if_changed(self, key: str, *, etag: str, **_: Any) -> StoredObject | None:
-        found = self.get(key)
-        return None if found.etag == etag else found
-
-    def put(self, key: str, body: bytes, *, if_match: str | None = None, if_absent: bool = False, **_: Any) -> str:
-        etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
-        with self._lock:
-            if if_absent and key in self._objects:
-                raise PreconditionFailed(f"{self.name}/{key}: exists")
-            if if_match is not None:
-                self._existing(key, if_match)
-            self._objects[key] = StoredObject(bytes(body), etag, self.server_time_s())
-        return etag
-
-    def _existing(self, key: str, if_match: str | None) -> StoredObject:
-        found = self._objects.get(key)
-        if found is None:
-            raise ObjectNotFound(f"{self.name}/{key}: no such object")
-        if if_match not in (None, found.etag):
-            raise PreconditionFailed(f"{self.name}/{key}: changed")
-        return found
-
-    def delete(self, keys: Sequence[str], **_: Any) -> None:
-        with self._lock:
-            for key in keys:
-                self._objects.pop(key, None)
-
-    def list(self, prefix: str, *, delimiter: str = "", max_keys: int | None = None, **_: Any) -> Iterator[Listed]:
-        with self._lock:
-            matching = [(key, found) for key, found in self._objects.items() if key.startswith(prefix)]
-        entries: dict[str, Listed] = {}
-        for key, found in matching:
-            cut = key.find(delimiter, len(prefix)) if delimiter else -1
-            if cut >= 0:
-                rolled = key[: cut + len(delimiter)]
-                entries[rolled] = Listed(rolled, is_prefix=True)
-            else:
-                entries[key] = Listed(key, False, len(found.body), found.etag, found.modified_s)
-        return islice(entries.values(), max_keys)
-
-    def server_time_s(self) -> float:
-        return self._runtime.monotonic()

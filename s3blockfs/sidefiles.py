@@ -3,7 +3,7 @@
 They never go to S3: together with the uncommitted pages they live and die with this process, so after a crash there is
 nothing to play back. Does not belong here: what a journal's content means (journal.py).
 
-Thread rule: any thread; each file has its own lock, so that a slow commit of one database never holds up another.
+Thread rule: any thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class SideFile:
 
     def __init__(self, folder: str, mode: int) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="s3blockfs-side-", buffering=0)  # noqa: SIM115
-        self._lock = threading.Lock()
         self.mode = mode
         self.opened = 0
         """Open handles; `SideFiles` counts."""
@@ -44,25 +43,17 @@ class SideFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """Fewer bytes at the end of the file."""
-        data = os.pread(self._file.fileno(), length, offset)
-        while data and len(data) < length:
-            part = os.pread(self._file.fileno(), length - len(data), offset + len(data))
-            if not part:
-                break
-            data += part
-        return data
+        return os.pread(self._file.fileno(), length, offset)
 
     def write(self, offset: int, data: bytes) -> None:
         """Raises OSError (ENOSPC) when the folder is full."""
         view = memoryview(data)
-        done = 0
-        with self._lock:
-            while done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+        while view:
+            written = os.pwrite(self._file.fileno(), view, offset)
+            offset, view = offset + written, view[written:]
 
     def truncate(self, size: int) -> None:
-        with self._lock:
-            os.ftruncate(self._file.fileno(), size)
+        os.ftruncate(self._file.fileno(), size)
 
     def close(self) -> None:
         self._file.close()

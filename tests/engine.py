@@ -10,6 +10,7 @@ from random import Random
 from typing import TypeVar
 
 import pytest
+from memorystore import MemoryStore
 
 from s3blockfs import commit, journal, uploads
 from s3blockfs.catalog import Catalog
@@ -19,7 +20,7 @@ from s3blockfs.errors import RequestInDoubt, StoreError
 from s3blockfs.format import data, extents
 from s3blockfs.head import HeadFile
 from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, TO_END, Kind
-from s3blockfs.objectstore import Listed, MemoryStore, StoredObject
+from s3blockfs.objectstore import Listed, StoredObject
 from s3blockfs.runtime import Runtime
 
 T = TypeVar("T")

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from memorystore import MemoryStore
 
 from s3blockfs import capabilities
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, ReadOnly, RequestInDoubt, StoreUnavailable
-from s3blockfs.objectstore import MemoryStore, StoredObject
+from s3blockfs.objectstore import StoredObject
 from s3blockfs.runtime import SystemRuntime
 
 KEY = "team/.s3blockfs/store"

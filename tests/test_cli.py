@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memorystore import MemoryStore
 
 import s3blockfs
 from s3blockfs import errors, telemetry
 from s3blockfs.cli import doctor_cmd, main, mount_cmd, options
 from s3blockfs.config import Config
-from s3blockfs.objectstore import MemoryStore
 from s3blockfs.runtime import SystemRuntime
 
 Command = Callable[[Callable[[argparse.Namespace], int]], None]

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memorystore import MemoryStore
 
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, RequestInDoubt, StoreError
-from s3blockfs.objectstore import MemoryStore, ObjectStore
+from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import SystemRuntime
 from s3blockfs.s3store import S3Store
 
