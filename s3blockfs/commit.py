@@ -23,11 +23,12 @@ from s3blockfs.config import KIB, MIB, Config
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
-from s3blockfs.format.head import Head, Segment
+from s3blockfs.format.head import Head, Segment, encode
 from s3blockfs.format.tail import LogCommit, Tail, split_chunks
 from s3blockfs.head import HeadFile
 from s3blockfs.snapshot import Piece, Snapshot, Source, Version, tail_pieces
 from s3blockfs.uploads import Uploads, build_segment
+from s3blockfs.view import View
 
 #: A commit with more bytes than this does not go into the tail: it would be uploaded again with every later commit.
 SMALL_COMMIT_BYTES = 256 * KIB
@@ -37,6 +38,10 @@ ROLL_BYTES = 256 * KIB
 FULL_TAIL_BYTES = MIB
 ROLL_RAW_BYTES = 16 * MIB
 ROLL_COMMITS = 1024
+
+
+#: Stands for the ETag of a head that is not the newest any more: it never matches.
+SUPERSEDED = '"superseded"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +76,15 @@ class Publisher:
         """For a transaction that starts on `base`."""
         return Uploads(self._source, self._config, base.head)
 
-    def publish(self, base: Snapshot, dirty: Dirty, uploads: Uploads) -> Published:
-        """Make `dirty` the next state. On success the caller clears it.
+    def publish(self, view: View) -> Published:
+        """Make what is dirty the next state. On success the caller moves the view.
 
         Raises CommitLost, DatabaseGone, StoreError (nothing was published) or Unsettled (not known).
         """
         source = self._source
-        counter, counter_set = _next_counter(base, dirty, uploads)
+        counter, counter_set = _next_counter(view)
+        base, dirty, uploads = view.snapshot, view.dirty, view.uploads
+        assert uploads is not None
         chunks, segments, pieces = _upload(base, dirty, uploads)
         extents = uploads.extents()
         refs = [extent.ref for extent in extents] + [segment.ref for segment in segments]
@@ -86,10 +93,11 @@ class Publisher:
         record = Commit(seq, commit_id, time_ms, dirty.size, min(dirty.cut, dirty.size))
         logged = LogCommit(record, chunks)
         encoded: EncodedMap | None = None
+        made: Head | None = None
         uploads.wait()
 
         def make(replaced: Head) -> Head:
-            nonlocal encoded
+            nonlocal encoded, made
             if any(ref.rev <= replaced.floor for ref in refs):
                 # A collector may take them for garbage by now, and no head may refer to that (invariant I5).
                 label = source.name_of(source.prefix)
@@ -101,7 +109,7 @@ class Publisher:
             encoded = block_map.replace(extents).encode(replaced.rev, self._heads.nonce)
             for leaf, body in encoded.uploads:
                 source.store.put(leaf.key(source.prefix), body, site="map")
-            return replace(
+            made = replace(
                 replaced,
                 seq=seq,
                 commit=commit_id,
@@ -114,13 +122,20 @@ class Publisher:
                 leaves=encoded.leaves,
                 tail=tail.append(logged),
             )
+            return made
 
         version = self._heads.swap(base.version, make, commit=commit_id)
         self._start_roll(version.head)
-        assert encoded is not None
-        made_here = (commit_id, encoded.extents, encoded.leaves, (*base.head.segments, *segments))
+        assert encoded is not None and made is not None
         head = version.head
-        if (head.commit, head.extents, head.leaves, head.segments) != made_here:
+        if head.seq > seq and not head.deleted:
+            # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
+            version = Version(made, SUPERSEDED, encode(made))
+        elif (head.extents, head.leaves, head.segments) != (
+            made.extents,
+            made.leaves,
+            (*base.head.segments, *segments),
+        ):
             return Published(version, None, counter_set)
         snapshot = base.advance(version, record, [*pieces, *tail_pieces(logged)], encoded.map)
         return Published(version, snapshot, counter_set)
@@ -225,13 +240,14 @@ def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:
     return {number for run in runs if len(run) * block_size >= SMALL_COMMIT_BYTES for number in run}
 
 
-def _next_counter(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[int | None, bool]:
+def _next_counter(view: View) -> tuple[int | None, bool]:
     """Set the change counter to the base's plus one: (the counter, whether the header shown is not the one written).
 
     Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps the base's, so that it goes
     on when one is written over it.
     """
-    local = _local_header(base, dirty)
+    base = view.snapshot
+    local = view.read(0, header.HEADER_BYTES)
     if not header.is_database(local):
         return base.head.counter, False
     own = header.counter(local)
@@ -239,17 +255,5 @@ def _next_counter(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[int |
     if counter == own:
         return counter, header.sets_wal(0, local)
     for offset, data in header.counter_patches(local, counter):
-        dirty.write(offset, data)
-    uploads.forget(0, 1)
+        view.write(offset, data)
     return counter, True
-
-
-def _local_header(base: Snapshot, dirty: Dirty) -> bytes:
-    """The first 100 bytes as the transaction left them; fewer when the file is shorter."""
-    end = min(header.HEADER_BYTES, dirty.size)
-    ranges = list(dirty.ranges(0, end))
-    covered = ranges == [(0, end)]  # usual: no need to fetch the base
-    result = bytearray(b"" if covered else base.read(0, min(end, dirty.cut))).ljust(end, b"\0")
-    for low, high in ranges:
-        result[low:high] = dirty.read(low, high)
-    return bytes(result)

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 
 from s3blockfs import header
-from s3blockfs.commit import Publisher
+from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import (
@@ -227,7 +227,7 @@ class Database:
             if view.uploads is None:
                 return  # what was beyond the end was all there was
             self.publishing = True
-            published = self._publisher.publish(view.snapshot, view.dirty, view.uploads)
+            published = self._publisher.publish(view)
         except Unsettled as error:
             self._doubt = error.doubt
             self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
@@ -239,7 +239,8 @@ class Database:
             raise
         finally:
             self.publishing = False
-        self.checked_s = self._source.runtime.monotonic()
+        newest = published.version.etag != SUPERSEDED
+        self.checked_s = self._source.runtime.monotonic() if newest else float("-inf")
         self._adopt(published.version, published.snapshot)
         self._moved |= published.counter_set or published.snapshot is None
 

@@ -3,14 +3,13 @@
 Every swap ends in one of these ways; the letters are those of docs/ARCHITECTURE.md:
 
 (a) 200: applied.
-(b) 412: somebody swapped in between. A commit looks itself up by its id at its seq (its own PUT may have been applied
-    and its answer lost on the way, or duplicated by something on the way, so a 412 alone proves nothing): found, it is
-    done; another's commit there, it is lost; neither, only other swaps came in between and it starts again from the new
-    head; not to be had, the outcome is unknown. Swaps that are no commits simply start again.
+(b) 412: somebody swapped in between, or this PUT was applied before and its answer lost, so a 412 alone proves nothing.
+    A commit looks itself up by its id at its seq: found, it is done; another's commit there, it is lost; neither, it
+    starts again from the new head; not to be had, the outcome is unknown. Other swaps simply start again.
 (c) In doubt (409, 5xx, time-out, cut connection): read the head until it answers: mine is done; the old ETag means not
     applied *yet*: the same bytes are PUT again, or, to give up, a head with a fresh nonce and nothing else changed is
     swapped in, after which the delayed PUT can never apply.
-(d) The store cannot be reached before the deadline while in doubt: OutcomeUnknown carries what `settle` needs later.
+(d) The store cannot be reached before the deadline while in doubt: Unsettled carries what `settle` needs later.
 (e) 404 on If-Match: the database is gone.
 
 Thread rule: stateless but for its collaborators; any thread.
@@ -96,30 +95,24 @@ class HeadFile:
         return self._runtime.token(NONCE_BYTES)
 
     def create(self, base: Version | None, make: Callable[[Head | None], Head]) -> Version:
-        """Write the first head of a database, over a tombstone (`base`, which `make` gets) or over nothing.
-
-        Raises DatabaseExists when somebody else was first.
-        """
+        """Write a first head over a tombstone (`base`, which `make` gets) or nothing. Raises DatabaseExists."""
         return self._swap(base, make, None, False)
 
     def swap(
         self, base: Version, make: Callable[[Head], Head], *, commit: bytes | None = None, archives: bool = False
     ) -> Version:
-        """Replace the head. `make` gets the head that is being replaced and returns the new one, or raises.
+        """Replace the head. Returns the one that holds the swap: for a commit possibly a later one.
 
-        It is called again when another swap came in between; `rev` and `nonce` of what it returns are set here. With
-        `commit` (the id of a commit) only heads with the same database id and commit as `base` are replaced. A head
-        that refers to something the new one does not is archived first; with `archives` any is. Returns the head that
-        holds the swap: for a commit possibly a later one. Raises CommitLost, DatabaseGone, Unsettled, AccessDenied,
-        StoreUnavailable (not applied).
+        `make` gets the head that is being replaced and returns the new one (`rev` and `nonce` are set here) or raises;
+        it is called again when another swap came first. With `commit` (the id of one) only heads with the database id
+        and commit of `base` are replaced. A head that refers to something the new one does not is archived first; with
+        `archives` any is. Raises CommitLost, DatabaseGone, Unsettled, and what a PUT raises (not applied).
         """
         return self._swap(base, make, commit, archives)
 
     def settle(self, doubt: Doubt) -> Version | None:
         """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
-
-        Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished.
-        """
+        Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished."""
         seen = self._read_definitely(doubt, self._runtime.monotonic())
         verdict = self._judge(doubt, seen)
         if verdict is not None:
@@ -172,10 +165,8 @@ class HeadFile:
         while True:
             try:
                 return Version(doubt.head, self._put(etag, doubt.body), doubt.body)
-            except (PreconditionFailed, ObjectNotFound):
-                return self._read_definitely(doubt, deadline)
-            except RequestInDoubt:
-                in_doubt = True
+            except (PreconditionFailed, ObjectNotFound, RequestInDoubt):
+                in_doubt = True  # a 412 proves nothing, see (b)
             except StoreError as error:
                 # This PUT was definitely not applied. An earlier one may have been.
                 retry = isinstance(error, StoreUnavailable) and self._runtime.monotonic() + pause < deadline

@@ -1,7 +1,7 @@
 """The port to S3: the `ObjectStore` protocol.
 
 Every method names what it returns, what it raises and what a missing key means; `tests/test_objectstore.py` holds every
-implementation to this text: `s3store.py`, and the in-memory one in `tests/memorystore.py`. Does not belong here: retries
+implementation to this text: `s3store.py`, and the in-memory one of the tests. Does not belong here: retries
 of conditional PUTs (`head.py` alone settles them), formats, caching.
 
 Thread rule: every method may be called from any thread.

@@ -487,8 +487,9 @@ def test_a_lost_bulk_commit_leaves_no_trace(world: World) -> None:
     assert world.content() == b"winner" == database.read(0, 100)
 
 
-def test_a_commit_in_doubt_is_shown_with_what_others_added(world: World) -> None:
-    """My commit applied, its answer was lost, another machine committed on top: both are read here."""
+def test_a_commit_in_doubt_is_shown_before_what_others_added(world: World) -> None:
+    """My commit applied, its answer was lost, another machine committed on top: running readers here see mine alone,
+    the next refresh shows both."""
     database, other = new_database(world), world.machine(faulty=False).open(PREFIX)
 
     def rule(call: Call, when: str) -> None:
@@ -500,4 +501,6 @@ def test_a_commit_in_doubt_is_shown_with_what_others_added(world: World) -> None
 
     world.store.rule = rule
     save(database, (0, b"mine"))
+    assert database.read(0, 100) == b"mine"
+    database.refresh(1000)
     assert database.read(0, 100) == world.content() == b"mine".ljust(10, b"\0") + b"theirs"
