@@ -10,8 +10,8 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from s3blockfs.format import extents as codec
 from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
@@ -39,12 +39,9 @@ class _Leaf:
             return self._extents
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedMap:
-    """How a map goes into a head: either inline extents, or leaves, of which `uploads` must be stored first.
-
-    `map` is the map to go on with: it knows its leaves as stored, so that later commits do not upload them again.
-    """
+class EncodedMap(NamedTuple):
+    """How a map goes into a head: either inline extents, or leaves, of which `uploads` must be stored first. `map` is
+    the one to go on with: it knows its leaves as stored, so that later commits do not upload them again."""
 
     extents: tuple[Extent, ...]
     leaves: tuple[LeafRef, ...]

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
-from typing import NamedTuple
 
 from cachetools import LRUCache
 
@@ -31,10 +30,8 @@ from s3blockfs.runtime import Runtime
 MAX_GAP_BYTES = 64 * 1024
 
 
-class _Key(NamedTuple):
-    prefix: str
-    ref: ObjectRef
-    pos: int
+_Key = tuple[str, ObjectRef, int]
+"""Prefix, object, byte in it."""
 
 
 class BlockCache:
@@ -51,27 +48,19 @@ class BlockCache:
 
     def fetch(self, prefix: str, addresses: Sequence[FrameAddress]) -> list[bytes]:
         """The verified bytes of each frame, in order. Raises DamagedObject, or what `ObjectStore.get` raises."""
-        results: dict[FrameAddress, bytes] = {}
-        with self._lock:  # a hit costs one lock and one look-up
-            for address in addresses:
-                hit = self._frames.get(_Key(prefix, address.ref, address.pos))
-                if hit is not None:
-                    results[address] = hit
-        missing = [address for address in addresses if address not in results]
-        if missing:
-            claimed, waiting = self._claim(prefix, missing)
-            runs = _runs(claimed)
-            for run in runs[1:]:
-                self._start(prefix, run)
-            if runs:
-                self._fetch_run(prefix, runs[0])
-            for address, future in waiting:
-                try:
-                    results[address] = future.result(timeout=self._patience_s)
-                except FutureTimeout:
-                    key = address.ref.key(prefix)
-                    raise StoreUnavailable(f"{self._store.name}/{key}: no answer in {self._patience_s:g} s") from None
-        return [results[address] for address in addresses]
+        claimed, waiting, found = self._claim(prefix, addresses)
+        runs = _runs(claimed)
+        for run in runs[1:]:
+            self._start(prefix, run)
+        for run in runs[:1]:
+            self._fetch_run(prefix, run)
+        for address, future in waiting.items():
+            try:
+                found[address] = future.result(timeout=self._patience_s)
+            except FutureTimeout:
+                key = address.ref.key(prefix)
+                raise StoreUnavailable(f"{self._store.name}/{key}: no answer in {self._patience_s:g} s") from None
+        return [found[address] for address in addresses]
 
     def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
         """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
@@ -81,27 +70,25 @@ class BlockCache:
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
         """Remember bytes that this process uploaded itself."""
         with self._lock:
-            self._insert(_Key(prefix, address.ref, address.pos), data)
+            self._insert((prefix, address.ref, address.pos), data)
 
     def _claim(
         self, prefix: str, addresses: Iterable[FrameAddress]
-    ) -> tuple[list[FrameAddress], list[tuple[FrameAddress, Future[bytes]]]]:
-        """(those that the caller must fetch now, a future for each that is not in the cache)."""
-        claimed, waiting = [], []
+    ) -> tuple[list[FrameAddress], dict[FrameAddress, Future[bytes]], dict[FrameAddress, bytes]]:
+        """(those that the caller must fetch now, a future for each that is not in the cache, those that are)."""
+        claimed, waiting, found = [], {}, {}
         with self._lock:
             for address in addresses:
-                key = _Key(prefix, address.ref, address.pos)
-                future = self._inflight.get(key)
-                if future is None:
-                    hit = self._frames.get(key)
-                    future = Future()
-                    if hit is not None:
-                        future.set_result(hit)
-                    else:
-                        self._inflight[key] = future
-                        claimed.append(address)
-                waiting.append((address, future))
-        return claimed, waiting
+                key = (prefix, address.ref, address.pos)
+                hit = self._frames.get(key)
+                if hit is not None:
+                    found[address] = hit
+                    continue
+                if key not in self._inflight:
+                    self._inflight[key] = Future()
+                    claimed.append(address)
+                waiting[address] = self._inflight[key]
+        return claimed, waiting, found
 
     def _start(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """Fetch on an I/O thread, or here when none is to be had: what was claimed must be resolved."""
@@ -112,36 +99,34 @@ class BlockCache:
 
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""
-        start, end = run[0].pos, run[-1].end
-        key = run[0].ref.key(prefix)
-        body = b""
+        start, key = run[0].pos, run[0].ref.key(prefix)
+        name = f"{self._store.name}/{key}"
+        body = memoryview(b"")
         failure: BaseException | None = None
         try:
-            body = self._store.get(key, site="block", start=start, length=end - start).body
+            body = memoryview(self._store.get(key, site="block", start=start, length=run[-1].end - start).body)
         except ObjectNotFound:
-            failure = DamagedObject(f"{self._store.name}/{key}: missing")
+            failure = DamagedObject(f"{name}: missing")
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
             failure = error
-        view = memoryview(body)
         for address in run:
-            data = b""
-            frame_failure = failure
-            if frame_failure is None:
+            data, problem = None, failure
+            if problem is None:
                 try:
-                    frame = view[address.pos - start : address.end - start]
-                    data = decode_frame(frame, address, f"{self._store.name}/{key}")
+                    data = decode_frame(body[address.pos - start : address.end - start], address, name)
                 except S3BlockFSError as error:  # damaged, or of a newer format
-                    frame_failure = error
+                    problem = error
+            frame = (prefix, address.ref, address.pos)
             with self._lock:
-                future = self._inflight.pop(_Key(prefix, address.ref, address.pos), None)
-                if frame_failure is None:
-                    self._insert(_Key(prefix, address.ref, address.pos), data)
+                future = self._inflight.pop(frame, None)
+                if data is not None:
+                    self._insert(frame, data)
             if future is None:
                 continue  # a pool that raised in `submit` ran it all the same
-            if frame_failure is None:
+            if data is not None:
                 future.set_result(data)
             else:
-                future.set_exception(frame_failure)
+                future.set_exception(problem)
         if failure is not None and not isinstance(failure, Exception):
             raise failure  # KeyboardInterrupt and the like belong to this thread too
 
@@ -154,14 +139,10 @@ def _runs(addresses: Iterable[FrameAddress]) -> list[list[FrameAddress]]:
     """Group into ranges for one GET each: same object, at most MAX_GAP_BYTES apart, at most about OBJECT_BYTES long."""
     runs: list[list[FrameAddress]] = []
     for address in sorted(set(addresses), key=lambda a: (a.ref, a.pos)):
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and last[0].ref == address.ref
-            and address.pos - last[-1].end <= MAX_GAP_BYTES
-            and address.end - last[0].pos <= OBJECT_BYTES * 2
-        ):
-            last.append(address)
+        first, last = (runs[-1][0], runs[-1][-1]) if runs else (address, address)
+        near = first.ref == address.ref and address.pos - last.end <= MAX_GAP_BYTES
+        if runs and near and address.end - first.pos <= OBJECT_BYTES * 2:
+            runs[-1].append(address)
         else:
             runs.append([address])
     return runs

@@ -3,7 +3,7 @@
 Bytes lie in the spill file at their own offsets, so memory stays constant however large a transaction is; small ones
 never leave the kernel's page cache. They live and die with this process: nothing here ever needs recovery.
 
-Thread rule: the caller serialises all calls (database.py holds its mutex).
+Thread rule: the caller serialises all calls.
 
 Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, and end at or below `size`; bytes of the
 spill file outside the ranges are never read.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from typing import IO
 
 Range = tuple[int, int]
@@ -48,12 +47,12 @@ class Dirty:
             return
         file = self._open()
         view = memoryview(data)
-        done = 0
+        done, end = 0, offset + len(data)
         while done < len(view):
             done += os.pwrite(file, view[done:], offset + done)
-        for block, low, high in self._pieces(offset, offset + len(data)):
-            self._add(block, low, high)
-        self.size = max(self.size, offset + len(data))
+        for block in range(offset // self._block_size, -(-end // self._block_size)):
+            self._add(block, max(offset, block * self._block_size), min(end, (block + 1) * self._block_size))
+        self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:
         """Raises OSError; nothing has changed then."""
@@ -66,22 +65,17 @@ class Dirty:
         self.size = size
         self.cut = min(self.cut, size)
 
-    def ranges(self, start: int, end: int) -> Iterator[Range]:
+    def ranges(self, start: int, end: int) -> list[Range]:
         """The dirty ranges inside start..end, in order, neighbours joined across blocks."""
-        pending: Range | None = None
+        result: list[Range] = []
         for block in self._touched(start, end):
             for low, high in self._blocks[block]:
                 low, high = max(low, start), min(high, end)
-                if low >= high:
-                    continue
-                if pending is not None and pending[1] == low:
-                    pending = (pending[0], high)
-                else:
-                    if pending is not None:
-                        yield pending
-                    pending = (low, high)
-        if pending is not None:
-            yield pending
+                if result and result[-1][1] == low < high:
+                    result[-1] = (result[-1][0], high)
+                elif low < high:
+                    result.append((low, high))
+        return result
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of one dirty range (or of several with what lies between them undefined)."""
@@ -124,13 +118,6 @@ class Dirty:
             self._file = tempfile.TemporaryFile(dir=self._folder, prefix="s3blockfs-spill-", buffering=0)  # noqa: SIM115
         return self._file.fileno()
 
-    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        while start < end:
-            block = start // self._block_size
-            stop = min(end, (block + 1) * self._block_size)
-            yield block, start, stop
-            start = stop
-
     def _touched(self, start: int, end: int) -> list[int]:
         first, last = start // self._block_size, -(-end // self._block_size)
         if last - first < len(self._blocks):
@@ -138,19 +125,10 @@ class Dirty:
         return sorted(block for block in self._blocks if first <= block < last)
 
     def _add(self, block: int, low: int, high: int) -> None:
-        rows = self._blocks.get(block)
-        if rows is None:
-            self._replace(block, [(low, high)])
-            return
-        merged = []
-        for row in rows:
-            if row[1] < low or row[0] > high:
-                merged.append(row)
-            else:
-                low, high = min(low, row[0]), max(high, row[1])
-        merged.append((low, high))
-        merged.sort()
-        self._replace(block, merged)
+        rows = self._blocks.get(block, [])
+        apart = [row for row in rows if row[1] < low or row[0] > high]
+        touching = [row for row in rows if row[1] >= low and row[0] <= high] + [(low, high)]
+        self._replace(block, sorted([*apart, (min(touching)[0], max(row[1] for row in touching))]))
 
     def _replace(self, block: int, rows: list[Range]) -> None:
         self.bytes -= sum(high - low for low, high in self._blocks.pop(block, ()))

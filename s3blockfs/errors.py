@@ -28,9 +28,6 @@ class EnvironmentProblem(S3BlockFSError, errno=ENODEV, exit_code=8):
     """This machine lacks something: libfuse, /dev/fuse, fusermount, the embedded server."""
 
 
-# --- the object store ---------------------------------------------------------------------------------
-
-
 class StoreError(S3BlockFSError, exit_code=5):
     """A request to the object store failed. The request definitely had no effect unless a subclass says otherwise."""
 
@@ -66,9 +63,6 @@ class RequestInDoubt(StoreError):
     """
 
 
-# --- formats ------------------------------------------------------------------------------------------
-
-
 class DamagedObject(S3BlockFSError, exit_code=6):
     """An object is not what its name, length or checksum says. The text names the object."""
 
@@ -78,9 +72,6 @@ class DamagedObject(S3BlockFSError, exit_code=6):
 
 class NewerFormat(S3BlockFSError, errno=EPROTONOSUPPORT, exit_code=6):
     """Written by a newer s3blockfs; this one must not guess."""
-
-
-# --- databases ----------------------------------------------------------------------------------------
 
 
 class DatabaseNotFound(S3BlockFSError, errno=ENOENT, exit_code=3):

@@ -88,7 +88,7 @@ def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], re
     """Whether every dirty range lies inside page images of this journal and equals them: a play-back just put back what
     is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew.
     """
-    rows = sorted(dirty)
+    rows = _union(dirty)
     covered: list[tuple[int, int]] = []
     for image in page_images(read, size):
         low, high = image.offset, image.offset + len(image.data)
@@ -101,16 +101,18 @@ def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], re
                 if without_counter(start, was) != without_counter(start, now):
                     return False
                 covered.append((start, end))
-    covered.sort()
-    pos = 0
-    for start, end in rows:
-        while start < end:
-            while pos < len(covered) and covered[pos][1] <= start:
-                pos += 1
-            if pos == len(covered) or covered[pos][0] > start:
-                return False
-            start = covered[pos][1]
-    return True
+    return _union(covered) == rows
+
+
+def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted, those that touch joined."""
+    result: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
 
 
 def _is_power_of_two(value: int, low: int, high: int) -> bool:

@@ -43,8 +43,7 @@ from s3blockfs.runtime import Runtime
 _INDEXES_KEPT = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
+class Version(NamedTuple):
     """A head as it was read or written: `etag` is what the next swap must match."""
 
     head: Head

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 from cachetools import LRUCache
 from engine import ManualRuntime
+from memorystore import MemoryStore
 
 from s3blockfs.cache import MAX_GAP_BYTES, BlockCache
 from s3blockfs.errors import DamagedObject, S3BlockFSError, StoreUnavailable
@@ -26,7 +27,7 @@ from s3blockfs.format.data import (
     slot_address,
 )
 from s3blockfs.format.keys import ObjectRef
-from s3blockfs.objectstore import MemoryStore, StoredObject
+from s3blockfs.objectstore import StoredObject
 from s3blockfs.snapshot import Source
 from s3blockfs.uploads import build_segment
 
@@ -99,7 +100,7 @@ class World:
 
         def claim(prefix: str, addresses: Any) -> Any:
             result = real(prefix, addresses)
-            if not result[0]:
+            if result[1] and not result[0]:
                 joined.release()
             return result
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from s3blockfs.errors import DamagedObject, NewerFormat
@@ -43,11 +42,8 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 
 class Commit(NamedTuple):
-    """A commit record: what history, recovery and the question "is this one mine?" need.
-
-    `cut` is the smallest size the file had between the state before and this one: older bytes at or beyond it are gone,
-    also when the file grew again, so they read as zeros unless this or a later commit wrote them.
-    """
+    """`cut` is the smallest size the file had between the state before and this one: older bytes at or beyond it are
+    gone, also when the file grew again, so they read as zeros unless this or a later commit wrote them."""
 
     seq: int
     id: bytes
@@ -57,8 +53,7 @@ class Commit(NamedTuple):
 
 
 class FrameAddress(NamedTuple):
-    """Where one frame lies (`pos`, `stored`: bytes in the object) and what it must hold (`offset`, `raw`: bytes in the
-    database file)."""
+    """Where one frame lies (`pos`, `stored`: in the object) and what it must hold (`offset`, `raw`: in the file)."""
 
     ref: ObjectRef
     pos: int
@@ -82,14 +77,12 @@ class IndexEntry(NamedTuple):
         return FrameAddress(ref, self.pos, self.stored, self.offset, self.raw)
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
+class Index(NamedTuple):
     commits: tuple[Commit, ...]
     extents: tuple[IndexEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltObject:
+class BuiltObject(NamedTuple):
     """An encoded object and where its index lies, which the head repeats so that opening needs one ranged GET."""
 
     body: bytes

@@ -10,10 +10,11 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported
 from s3blockfs.format import extents
@@ -34,8 +35,7 @@ _TRAILER = struct.Struct(">4sI")
 _MAGIC = b"S3BH"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A data object in the log role that the head still needs."""
 
     ref: ObjectRef
@@ -47,8 +47,7 @@ class Segment:
     index_crc: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """Politeness between writers, never safety."""
 
     owner: str
@@ -56,8 +55,7 @@ class Lease:
     seconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class NamedSnapshot:
+class NamedSnapshot(NamedTuple):
     label: str
     archive: str
 
@@ -90,33 +88,89 @@ class Head:
     tail: Tail = field(default_factory=Tail)
 
 
+# Decoders of JSON values: each raises ValueError or TypeError for what it cannot take.
+
+
+def _number(limit: int, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= limit:
+        raise ValueError("not a number in range")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 4096:
+        raise ValueError("not a text")
+    return value
+
+
+def _hex(size: int, value: Any) -> bytes:
+    if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", value):
+        raise ValueError("not hex digits")
+    return bytes.fromhex(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("not true or false")
+    return value
+
+
+def _optional(decode: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else decode(value)
+
+
+def _row(make: Callable[..., Any], columns: Sequence[Callable[[Any], Any]], value: Any) -> Any:
+    if not isinstance(value, list):
+        raise ValueError("not a row")
+    return make(*(decode(cell) for decode, cell in zip(columns, value, strict=True)))
+
+
+def _rows(make: Callable[..., Any], columns: Sequence[Callable[[Any], Any]], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError("not a list of rows")
+    return tuple(_row(make, columns, row) for row in value)
+
+
+_ref = partial(ObjectRef.decode, name="a segment")
+_count = partial(_number, (1 << 63) - 1)
+
+#: The JSON line, in this order, by the fields of `Head` (the names in JSON say "bytes" where they mean bytes).
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "id": partial(_hex, 16),
+    "rev": _count,
+    "seq": _count,
+    "commit": partial(_hex, 16),
+    "size": partial(_number, MAX_DATABASE_BYTES),
+    "block_size": partial(_number, MAX_BLOCK_BYTES),
+    "nonce": partial(_hex, 8),
+    "writer": _text,
+    "time_ms": _count,
+    "floor": _count,
+    "deleted": _flag,
+    "name": partial(_optional, _text),
+    "counter": partial(_optional, partial(_number, 0xFFFFFFFF)),
+    "lease": partial(_optional, partial(_row, Lease, (_text, _text, _count))),
+    "segments": partial(_rows, Segment, (_ref, *[_count] * 6)),
+    "snapshots": partial(_rows, NamedSnapshot, (_text, _text)),
+    "leaves": partial(_rows, LeafRef, (_count, _count, _count, partial(_hex, 8), _count)),
+}
+_IN_JSON = {"size": "size_bytes"}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: bytes in hex, tuples as lists."""
+    if isinstance(value, ObjectRef):
+        return value.encode()
+    if isinstance(value, tuple):
+        return [_plain(cell) for cell in value]
+    return value.hex() if isinstance(value, bytes) else value
+
+
 def encode(head: Head) -> bytes:
+    """Raises NotSupported when it would be too large to be read again."""
     inline = extents.encode(head.extents)
-    fields = {
-        "format": FORMAT,
-        "id": head.id.hex(),
-        "rev": head.rev,
-        "seq": head.seq,
-        "commit": head.commit.hex(),
-        "size_bytes": head.size,
-        "block_size": head.block_size,
-        "nonce": head.nonce.hex(),
-        "writer": head.writer,
-        "time_ms": head.time_ms,
-        "floor": head.floor,
-        "deleted": head.deleted,
-        "name": head.name,
-        "counter": head.counter,
-        "lease": head.lease and [head.lease.owner, head.lease.nonce, head.lease.seconds],
-        "segments": [
-            [s.ref.encode(), s.first_seq, s.last_seq, s.length, s.index_pos, s.index_length, s.index_crc]
-            for s in head.segments
-        ],
-        "snapshots": [[s.label, s.archive] for s in head.snapshots],
-        "leaves": [[leaf.first, leaf.number, leaf.rev, leaf.nonce.hex(), leaf.crc] for leaf in head.leaves],
-        "map_bytes": len(inline),
-        "tail_bytes": len(head.tail.encoded),
-    }
+    fields = {_IN_JSON.get(name, name): _plain(getattr(head, name)) for name in _FIELDS}
+    fields = {"format": FORMAT, **fields, "map_bytes": len(inline), "tail_bytes": len(head.tail.encoded)}
     line = json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
     body = b"".join((line, inline, head.tail.encoded))
     if len(line) > MAX_LINE_BYTES or len(body) + _TRAILER.size > MAX_HEAD_BYTES:
@@ -142,86 +196,20 @@ def decode(body: bytes, name: str) -> Head:
     magic, crc = _TRAILER.unpack(rest[-_TRAILER.size :])
     if magic != _MAGIC or crc != zlib.crc32(body[: -_TRAILER.size], zlib.crc32(_MAGIC)):
         raise DamagedObject(f"{name}: checksum mismatch in the head")
-
-    def get(field: str, convert: Callable[..., Any], *options: Any) -> Any:
+    values: dict[str, Any] = {}
+    sections: dict[str, Callable[[Any], Any]] = {"map_bytes": _count, "tail_bytes": _count}
+    for key, convert in {**_FIELDS, **sections}.items():
         try:
-            return convert(fields.get(field), *options)
-        except (ValueError, TypeError) as error:
-            raise DamagedObject(f"{name}: bad field {field!r} in the head") from error
-
-    map_bytes, tail_bytes = get("map_bytes", _number), get("tail_bytes", _number)
+            values[key] = convert(fields.get(_IN_JSON.get(key, key)))
+        except (ValueError, TypeError, DamagedObject) as error:
+            raise DamagedObject(f"{name}: bad field {key!r} in the head") from error
+    map_bytes, tail_bytes = values.pop("map_bytes"), values.pop("tail_bytes")
     if map_bytes + tail_bytes + _TRAILER.size != len(rest):
         raise DamagedObject(f"{name}: sections do not fill the head")
-    head = Head(
-        id=get("id", _hex, 16),
-        rev=get("rev", _number),
-        seq=get("seq", _number),
-        commit=get("commit", _hex, 16),
-        size=get("size_bytes", _number, MAX_DATABASE_BYTES),
-        block_size=get("block_size", _number, MAX_BLOCK_BYTES),
-        nonce=get("nonce", _hex, 8),
-        writer=get("writer", _text),
-        time_ms=get("time_ms", _number),
-        floor=get("floor", _number),
-        deleted=get("deleted", _flag),
-        name=get("name", _optional, _text),
-        counter=get("counter", _optional, _number, 0xFFFFFFFF),
-        lease=get("lease", _optional, _row, lambda o, n, seconds: Lease(_text(o), _text(n), _number(seconds))),
-        segments=get("segments", _rows, lambda ref, *n: Segment(ObjectRef.decode(ref, name), *map(_number, n))),
-        snapshots=get("snapshots", _rows, lambda label, key: NamedSnapshot(_text(label), _text(key))),
-        leaves=get("leaves", _rows, _leaf),
-        extents=extents.decode(rest[:map_bytes], name),
-        tail=Tail.decode(rest[map_bytes : map_bytes + tail_bytes], name),
-    )
+    inline, tail = rest[:map_bytes], rest[map_bytes : -_TRAILER.size]
+    head = Head(**values, extents=extents.decode(inline, name), tail=Tail.decode(tail, name))
     if head.block_size < MIN_BLOCK_BYTES:
         raise DamagedObject(f"{name}: block size {head.block_size}")
     if head.leaves and (head.leaves[0].first != 0 or any(a.first >= b.first for a, b in pairwise(head.leaves))):
         raise DamagedObject(f"{name}: leaves of the block map out of order")
     return head
-
-
-# Converters of JSON values: each raises ValueError or TypeError for what it cannot take.
-
-
-def _number(value: Any, limit: int = (1 << 63) - 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-        raise ValueError("not a number in range")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 4096:
-        raise ValueError("not a text")
-    return value
-
-
-def _hex(value: Any, size: int) -> bytes:
-    if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", value):
-        raise ValueError("not hex digits")
-    return bytes.fromhex(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("not true or false")
-    return value
-
-
-def _optional(value: Any, convert: Callable[..., Any], *options: Any) -> Any:
-    return None if value is None else convert(value, *options)
-
-
-def _row(value: Any, make: Callable[..., Any]) -> Any:
-    if not isinstance(value, list):
-        raise ValueError("not a row")
-    return make(*value)
-
-
-def _rows(value: Any, make: Callable[..., Any]) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ValueError("not a list of rows")
-    return tuple(_row(row, make) for row in value)
-
-
-def _leaf(first: Any, number: Any, rev: Any, nonce: Any, crc: Any) -> LeafRef:
-    return LeafRef(_number(first), _number(number), _number(rev), _hex(nonce, 8), _number(crc))
