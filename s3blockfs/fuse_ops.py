@@ -141,7 +141,8 @@ class FileSystem(Operations):
             return self._side_attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
         by_shown_name = "." in path.rpartition("/")[2] or (database and database.version.head.name is not None)
-        if database is not None and by_shown_name and self._is_open(database) and not database.is_gone:
+        shown = None if database is None else self._shown.get(database)
+        if database is not None and by_shown_name and shown and shown.handles and not database.is_gone:
             return self._file_attributes(database.size, database.modified_s)
         entry = self._catalog.lookup(path[1:])
         if entry is None:
@@ -173,15 +174,14 @@ class FileSystem(Operations):
     def rename(self, old: str, new: str) -> None:
         raise OSError(errno.EXDEV, "renaming is not supported yet; mv copies instead")
 
-    def chmod(self, path: str, mode: int) -> None:
-        """Modes belong to the mount, not to the bucket: accepted, so that `cp -p` works, and not kept."""
+    def _accept(self, path: str, *_: object) -> None:
+        """Modes belong to the mount, and mtime is the time of the last commit: `cp -p` and `touch` work, no more."""
+
+    chmod = utimens = _accept
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         if uid not in (-1, self._owner["st_uid"]) or gid not in (-1, self._owner["st_gid"]):
             raise OSError(errno.EPERM, "everything belongs to the user who mounted it")
-
-    def utimens(self, path: str, times: tuple[int, int] | None) -> None:
-        """mtime is the time of the last commit: accepted, so that `cp -p` and `touch` work, and not kept."""
 
     def statfs(self, path: str) -> Attributes:
         free = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), STATFS_BLOCKS)
@@ -196,14 +196,14 @@ class FileSystem(Operations):
                 raise OSError(errno.EPERM, f"{path}: journal_mode=WAL is not supported yet")
             self._catalog.require_writable()
             side = self._catalog.side_files.create(self._side_path(path), mode & 0o777, exclusive)
-            self._add_handle(info, _Handle(path, None, side, self._readahead()))
+            self._add_handle(info, _Handle(path, None, side, Readahead(self._config.readahead_size)))
         else:
             self._add_database(path, info, self._catalog.create(path[1:], exclusive))
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
             side = self._catalog.side_files.open(self._side_path(path))
-            self._add_handle(info, _Handle(path, None, side, self._readahead()))
+            self._add_handle(info, _Handle(path, None, side, Readahead(self._config.readahead_size)))
             if info.flags & os.O_TRUNC:
                 self._truncate_side(path, side, 0)
             return
@@ -405,11 +405,7 @@ class FileSystem(Operations):
             info.keep_cache = int(current and not shown.stale)
             database.on_moved = partial(self._invalidate, database)
             self._shown = {d: s for d, s in self._shown.items() if s.handles or d is self._catalog.opened_at(d.path)}
-        return self._add_handle(info, _Handle(path, database, None, self._readahead()))
-
-    def _is_open(self, database: Database) -> bool:
-        shown = self._shown.get(database)
-        return shown is not None and shown.handles > 0
+        return self._add_handle(info, _Handle(path, database, None, Readahead(self._config.readahead_size)))
 
     def _add_handle(self, info: FileInfo, handle: _Handle) -> _Handle:
         with self._lock:
@@ -451,9 +447,6 @@ class FileSystem(Operations):
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
-
-    def _readahead(self) -> Readahead:
-        return Readahead(self._config.readahead_size)
 
     def _attributes(self, entry: Entry) -> Attributes:
         if entry.is_folder:

@@ -1,13 +1,11 @@
 """The real `ObjectStore`: S3 and its relatives, by boto3 (no other module imports it).
 
-Role: one request and what became of it. Every failure becomes a class of `errors.py`, whose text names the object and
-the next step and repeats nothing that could be secret: of what the SDK and the store say only the error code.
+Every failure becomes one of the classes of `errors.py`, in one line that names the object and the next step and repeats
+nothing that could be secret (no message of the SDK or of the store, no URL, no header: only the error code).
 
 Deadlines: an attempt waits at most half of the time left for the next byte (a conditional PUT, which has one attempt:
-all of it), and bodies of GET and PUT stop at the deadline. Two waits can pass it: `CONNECT_TIMEOUT_S` for each address
-of the endpoint's name, and a store that trickles out the headers or the XML of an answer.
-
-Thread rule: every method may be called from any thread. Does not belong here: formats, caching, `P/head`.
+all of it). Two waits can pass it: `CONNECT_TIMEOUT_S` for each address of the endpoint's name, and a store that
+trickles out the headers or the XML of an answer. Thread rule: any thread.
 """
 
 from __future__ import annotations
@@ -289,8 +287,7 @@ class S3Store:
         if setting("get_bucket_versioning").get("Status") == "Enabled" and not expires:
             findings.append("versioning keeps and bills every replaced head: add a rule to expire noncurrent versions")
         if setting("get_object_lock_configuration").get("ObjectLockConfiguration", {}).get("Rule"):
-            text = "Object Lock's default retention keeps garbage and old heads: drop it or use another bucket"
-            findings.append(text)
+            findings.append("Object Lock's default retention keeps old heads: drop it or use another bucket")
         return [f"{self.name}: {finding}" for finding in findings]
 
     # --- one request ----------------------------------------------------------------------------------
