@@ -30,8 +30,7 @@ from s3blockfs.runtime import Runtime
 MAX_GAP_BYTES = 64 * 1024
 
 
-_Key = tuple[str, ObjectRef, int]
-"""Prefix, object, byte in it."""
+_Key = tuple[str, ObjectRef, int]  # prefix, object, byte in it
 
 
 class BlockCache:

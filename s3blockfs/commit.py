@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -44,8 +44,7 @@ ROLL_COMMITS = 1024
 SUPERSEDED = '"superseded"'
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(NamedTuple):
     """A commit that is durable."""
 
     version: Version
@@ -77,10 +76,8 @@ class Publisher:
         return Uploads(self._source, self._config, base.head)
 
     def publish(self, view: View) -> Published:
-        """Make what is dirty the next state. On success the caller moves the view.
-
-        Raises CommitLost, DatabaseGone, StoreError (nothing was published) or Unsettled (not known).
-        """
+        """Make what is dirty the next state; the caller moves the view. Raises CommitLost, DatabaseGone, StoreError
+        (nothing was published) or Unsettled (not known)."""
         source = self._source
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
@@ -139,8 +136,6 @@ class Publisher:
             return Published(version, None, counter_set)
         snapshot = base.advance(version, record, [*pieces, *tail_pieces(logged)], encoded.map)
         return Published(version, snapshot, counter_set)
-
-    # --- rolling the tail ------------------------------------------------------------------------------
 
     def _rolled_tail(self, replaced: Head) -> tuple[Tail, tuple[Segment, ...]]:
         """The tail and segments for a head that replaces this one, with a finished roll taken in."""

@@ -22,16 +22,9 @@ from cachetools import LRUCache
 from s3blockfs.blockmap import BlockMap
 from s3blockfs.cache import BlockCache
 from s3blockfs.errors import DamagedObject, ObjectNotFound
+from s3blockfs.format import data as codec
 from s3blockfs.format import extents as map_codec
-from s3blockfs.format.data import (
-    MAX_FRAME_BYTES,
-    Commit,
-    FrameAddress,
-    Index,
-    IndexEntry,
-    decode_index,
-    slot_address,
-)
+from s3blockfs.format.data import Commit, FrameAddress, Index, IndexEntry, slot_address
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
@@ -232,10 +225,10 @@ def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]
 def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str) -> Index:
     """Raises DamagedObject, StoreError."""
     key = segment.ref.key(prefix)
-    if segment.index_length > MAX_FRAME_BYTES:
+    if segment.index_length > codec.MAX_FRAME_BYTES:
         raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
     body = _get(store, key, site, segment.index_pos, segment.index_length)
-    return decode_index(body, segment.ref.uid, segment.index_crc, f"{store.name}/{key}")
+    return codec.decode_index(body, segment.ref.uid, segment.index_crc, f"{store.name}/{key}")
 
 
 def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:

@@ -42,8 +42,7 @@ class Uploads:
         """Which slot holds each block that is still as uploaded."""
 
     def stream(self, dirty: Dirty, first: int, end: int) -> None:
-        """Blocks first..end were written: upload their group, a block object's worth, as soon as all of it is there. So
-        a bulk load overlaps its own commit."""
+        """Blocks first..end were written: upload a block object's worth as soon as all of it is there."""
         per_object = slots_per_object(self._block_size)
         for block in range(first, end):
             if not dirty.is_whole(block):

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 from engine import Call, InlineRuntime, ManualRuntime, World, shrink_limits, small_leaves
+from objects import decode_object
 
 from s3blockfs import commit
 from s3blockfs.database import Database
@@ -198,7 +199,7 @@ def test_the_tail_is_rolled_in_the_background(world: World, monkeypatch: pytest.
     (segment,) = head.segments
     first_in_tail = head.tail.commits[0].record.seq
     body = world.store.inner.get(segment.ref.key(PREFIX), site="test").body
-    _, index = data.decode_object(body, segment.ref, "segment")
+    _, index = decode_object(body, segment.ref, "segment")
     assert [record.seq for record in index.commits] == list(range(1, first_in_tail))
     assert len(head.tail.encoded) < len(body)
     assert world.content() == database.read(0, 10**6) == noise_file(count)
@@ -369,7 +370,7 @@ def test_every_object_is_stored_before_the_head_refers_to_it(world: World, monke
         if call.site == "swap" and when == "after":
             head = head_of(world)
             for ref in {e.ref for e in head.extents} | {s.ref for s in head.segments}:
-                data.decode_object(world.store.inner.get(ref.key(PREFIX), site="test").body, ref, "object")
+                decode_object(world.store.inner.get(ref.key(PREFIX), site="test").body, ref, "object")
                 checked += 1
 
     world.store.rule = rule

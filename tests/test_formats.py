@@ -35,6 +35,7 @@ from golden import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objects import decode_object
 
 from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported, UsageError
 from s3blockfs.format import data, extents, head, keys, tail
@@ -68,8 +69,8 @@ class Kind:
     value: Any
 
 
-def decode_object(body: bytes) -> Any:
-    return data.decode_object(body, REF, "it")
+def decode(body: bytes) -> Any:
+    return decode_object(body, REF, "it")
 
 
 SEGMENT_ENTRIES = (IndexEntry(16, 4096, 5, 1000, 19), IndexEntry(67, 0, 6, 256, 256))
@@ -80,13 +81,13 @@ KINDS = {
             LOG, [frame_bytes(4096, 5, C, 1, packed(C)), frame_bytes(0, 6, ODD, 0, ODD)], SEGMENT_ENTRIES, COMMITS
         ),
         lambda: build(UID, LOG, [(4096, 5, C), (0, 6, ODD)], COMMITS).body,
-        decode_object,
+        decode,
         (LOG, Index(COMMITS, SEGMENT_ENTRIES)),
     ),
     "block_object": Kind(
         lambda: page.data_bytes(BASE, [frame_bytes(*row, 0, row[2]) for row in BLOCKS], BLOCK_ENTRIES, ()),
         lambda: build(UID, BASE, BLOCKS).body,
-        decode_object,
+        decode,
         (BASE, Index((), BLOCK_ENTRIES)),
     ),
     "map": Kind(map_bytes, lambda: extents.encode(EXTENTS), lambda body: extents.decode(body, "it"), EXTENTS),
@@ -274,7 +275,7 @@ def test_chunks_put_together_are_the_bytes(offset: int, raw: bytes, block_size: 
 def test_segments_round_trip(ref: ObjectRef, frames: list[tuple[int, int, bytes]], records: list[Commit]) -> None:
     """Whole, and frame by frame at the places that the index gives."""
     built = build(ref.uid, LOG, frames, records)
-    role, index = data.decode_object(built.body, ref, "it")
+    role, index = decode_object(built.body, ref, "it")
     assert (role, index) == (LOG, Index(tuple(records), built.entries))
     part = built.body[built.index_pos : built.index_pos + built.index_length]
     assert data.decode_index(part, ref.uid, built.index_crc, "it") == index
@@ -392,7 +393,7 @@ def test_a_newer_version_is_refused_before_anything_else() -> None:
     newer = [
         lambda: head.decode(b'{"format":2,"layout":"other"}\nother sections', "it"),
         lambda: head.decode(b'{"format":7}', "it"),
-        lambda: data.decode_object(b"S3BD\x02" + golden("segment")[5:], REF, "it"),
+        lambda: decode_object(b"S3BD\x02" + golden("segment")[5:], REF, "it"),
         lambda: extents.decode(b"S3BM\x02other", "it"),
     ]
     for decode in newer:
@@ -407,8 +408,8 @@ def test_a_newer_version_is_refused_before_anything_else() -> None:
 def test_an_object_under_another_name_never_verifies(kind: str) -> None:
     """Neither whole nor its index nor one frame of it; nor does a frame in another place."""
     body, index = golden(kind), KINDS[kind].value[1]
-    assert refused(lambda: data.decode_object(body, OTHER, "it"))
-    assert not refused(lambda: data.decode_object(body, OTHER._replace(uid=UID), "it")), "a copy keeps its uid"
+    assert refused(lambda: decode_object(body, OTHER, "it"))
+    assert not refused(lambda: decode_object(body, OTHER._replace(uid=UID), "it")), "a copy keeps its uid"
     position, length, crc = struct.unpack_from(">QII", body, len(body) - 40)
     part = body[position : position + length]
     assert data.decode_index(part, UID, crc, "it") == index

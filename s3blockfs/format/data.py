@@ -166,29 +166,6 @@ def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:
     return Index(tuple(Commit(*row) for row in _COMMIT.iter_unpack(data[8:middle])), extents)
 
 
-def decode_object(body: bytes, ref: ObjectRef, name: str) -> tuple[int, Index]:
-    """(role, index) of a whole object, every frame verified: for `check` and for recovery without a head."""
-    if len(body) < HEADER_BYTES + FOOTER_BYTES:
-        raise DamagedObject(f"{name}: {len(body)} bytes are too short for a data object")
-    magic, version, role, _, uid = _HEADER.unpack_from(body)
-    if magic != _MAGIC or uid != ref.uid:
-        raise DamagedObject(f"{name}: not the data object its name says")
-    if version != VERSION:
-        raise NewerFormat(f"{name}: data object version {version}; upgrade s3blockfs")
-    footer = body[-FOOTER_BYTES:]
-    uid, index_pos, index_length, index_crc, frames, commits, length, magic, crc = _FOOTER.unpack(footer)
-    expected = zlib.crc32(body[:HEADER_BYTES] + footer[:-4])
-    if magic != _END_MAGIC or crc != expected or uid != ref.uid or length != len(body):
-        raise DamagedObject(f"{name}: damaged footer")
-    index = decode_index(body[index_pos : index_pos + index_length], ref.uid, index_crc, name)
-    if len(index.extents) != frames or len(index.commits) != commits:
-        raise DamagedObject(f"{name}: footer and index disagree")
-    for entry in index.extents:
-        address = entry.address(ref)
-        decode_frame(body[entry.pos : address.end], address, name)
-    return role, index
-
-
 def inflate(packed: bytes, limit: int, where: str, zdict: bytes = b"") -> bytes:
     """zlib-decompress at most `limit` bytes: a few hostile bytes must not become gigabytes."""
     unpacker = zlib.decompressobj(zdict=zdict) if zdict else zlib.decompressobj()
