@@ -1,6 +1,4 @@
-"""fusepy on libfuse 2.9 with its traps closed; the only module that imports `fuse`, and only a mount imports it.
-
-Does not belong here: the care of mount points (`mountpoint.py`), databases, S3, SQLite.
+"""fusepy on libfuse 2.9 with its traps closed; the only module that imports `fuse`. Knows nothing of databases or S3.
 
 Thread rule: libfuse runs callbacks on threads of its own, as many at once as there are requests; `init` and `destroy`
 run once, while no other callback does. A thread that the file system needs is started in `init`.
@@ -147,8 +145,7 @@ def context_pid() -> int:
 # (pthread keys are destroyed when Python's own is already cleared). Without that hook nothing is pinned.
 _thread = threading.local()
 _call_at_thread_exit = getattr(ctypes.CDLL(None), "__cxa_thread_atexit_impl", None)
-# 0: the interpreter lock stays with this callback
-_unpin = ctypes.CFUNCTYPE(None, c_void_p)(lambda _: ctypes.pythonapi.PyGILState_Release(0))
+_unpin = ctypes.CFUNCTYPE(None, c_void_p)(lambda _: ctypes.pythonapi.PyGILState_Release(0))  # 0: GIL stays held
 
 
 def _pin() -> None:
@@ -172,14 +169,12 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
         self._session: c_void_p | None = None
         self._device = -1
         self._changed = threading.Condition()
-        self._calls = 0
-        self._ending = False
+        self._calls, self._ending = 0, False
 
     def invalidate_inode(self, ino: int) -> None:
         """Make the kernel forget the attributes and pages of an inode. OSError (ENOTCONN: the mount is ending): it may
         still have them. Waits for READs: hold no lock that they need, and never call it from a write to that inode."""
-        # What fuse_lowlevel_notify_inval_inode sends: fuse_out_header, fuse_notify_inval_inode_out of <linux/fuse.h>.
-        # That function uses a channel which libfuse frees before `destroy`, when a thread may still invalidate.
+        # What fuse_lowlevel_notify_inval_inode sends; that uses a channel which libfuse frees before `destroy`.
         with self._call(), contextlib.suppress(FileNotFoundError):
             os.write(self._device, struct.pack("=IiQQqq", 40, 2, 0, ino, 0, 0))
 

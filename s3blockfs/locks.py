@@ -22,8 +22,7 @@ from typing import NamedTuple
 #: The largest offset a lock can name: the kernel's OFFSET_MAX, which stands for "to the end of the file" (`l_len` 0).
 TO_END = 2**63 - 1
 
-#: Where SQLite locks a database file: https://sqlite.org/lockingv3.html and `PENDING_BYTE` in src/os.h
-#: (https://sqlite.org/src/file/src/os.h). These bytes are never stored, so page contents cannot matter.
+#: Where SQLite locks a database file: https://sqlite.org/lockingv3.html, `PENDING_BYTE` in its src/os.h.
 PENDING_BYTE = 0x40000000
 RESERVED_BYTE = PENDING_BYTE + 1
 SHARED_FIRST = PENDING_BYTE + 2
@@ -34,10 +33,8 @@ POLL_S = 0.05
 
 
 class Kind(Enum):
-    """READ is shared with other READs; WRITE excludes every other owner."""
-
-    READ = "read"
-    WRITE = "write"
+    READ = "read"  # shared with other READs
+    WRITE = "write"  # excludes every other owner
 
 
 class Level(IntEnum):

@@ -1,7 +1,4 @@
-"""The care of mount points: what a machine must have, unmounting, and clearing what a killed daemon left behind.
-
-Works without libfuse, on the kernel's mount table and `fusermount`. Serving a mount is in `fuse_binding.py`.
-"""
+"""What a mount needs of a machine, unmounting, and clearing what a killed daemon left behind; all without libfuse."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ callbacks see to `events`, and does what the files in `control` say: one named l
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import logging
@@ -49,6 +50,17 @@ EXCEPTIONS: dict[str, tuple[Callable[[], BaseException], int]] = {
     "busy": (lambda: Busy("somebody else writes"), errno.EAGAIN),
     "ours": (lambda: S3BlockFSError("something"), errno.EIO),
 }
+
+
+def thread_states() -> int:
+    """How many thread states this interpreter has."""
+    api, states = ctypes.PyDLL(None), 0
+    for function in (api.PyInterpreterState_Get, api.PyInterpreterState_ThreadHead, api.PyThreadState_Next):
+        function.restype = ctypes.c_void_p
+    state = api.PyInterpreterState_ThreadHead(ctypes.c_void_p(api.PyInterpreterState_Get()))
+    while state:
+        state, states = api.PyThreadState_Next(ctypes.c_void_p(state)), states + 1
+    return states
 
 
 class Node:
@@ -101,6 +113,7 @@ class MemoryFS(Operations):
 
     def destroy(self) -> None:
         self.saw("destroy")
+        self.saw("destroyed")
 
     def getattr(self, path: str | None, info: FileInfo | None = None) -> Attributes:
         if path == "/":
@@ -109,7 +122,7 @@ class MemoryFS(Operations):
         return {"st_mode": stat.S_IFREG | 0o644, "st_nlink": 1, "st_size": size, "st_mtime": 1_000_000_001}
 
     def readdir(self, path: str) -> list[tuple[str, Attributes | None]]:
-        self.saw("readdir", path=path)
+        self.saw("readdir", path=path, states=thread_states())
         return [(name[1:], self.getattr(name)) for name in self.files]
 
     def create(self, path: str, mode: int, info: FileInfo) -> None:

@@ -165,7 +165,8 @@ def test_ended_threads_give_their_state_back(daemon: Callable[..., Daemon]) -> N
             assert set(pool.map(lambda _: (running.mnt / "file").read_bytes(), range(24))) == {b"x"}
         until(lambda: len(list(tasks.iterdir())) < 16)
     threads = {event["thread"] for event in running.seen("open")}
-    assert len(threads) > 40
+    assert [path.name for path in running.mnt.iterdir()] == ["file"]
+    assert running.seen("readdir")[0]["states"] < 30 < 40 < len(threads)
     running.process.terminate()
     assert running.process.wait(10) == 0
 
@@ -407,6 +408,17 @@ def test_an_end_in_the_middle_of_reads_and_invalidations(tmp_path: Path, client:
         reader.wait(10)
     finally:
         running.stop()
+
+
+def test_nobody_waits_for_a_daemon_that_is_finishing(daemon: Callable[..., Daemon]) -> None:
+    """Once the loop has ended, requests fail at once, however long `destroy` publishes."""
+    running = daemon()
+    descriptor = os.open(running.mnt / "file", os.O_RDONLY | os.O_CREAT)
+    running.set(slow_destroy="30")
+    running.process.terminate()
+    until(lambda: running.seen("destroy"))
+    close_dead(descriptor)
+    assert not running.seen("destroyed")
 
 
 @pytest.mark.parametrize("operation", ["init", "quiesce", "destroy"])
