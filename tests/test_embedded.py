@@ -1,9 +1,13 @@
-"""The embedded server with real processes: its users come, go and are killed, and so is the server."""
+"""The embedded server with real processes: its users come, go and are killed, and so are the server and its supervisor.
+
+Processes are found by their working directory, which is the server's.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -13,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ from pathlib import Path
 from s3blockfs.embedded import EmbeddedServer
 from s3blockfs.runtime import SystemRuntime
 with EmbeddedServer.join(Path(sys.argv[1]), SystemRuntime()) as server:
-    print(server.pid, flush=True)
+    print("ready", flush=True)
     sys.stdin.read()
 """
 SERVE = """
@@ -65,11 +70,20 @@ def state(directory: Path) -> dict[str, Any]:
     return found
 
 
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def processes_of(directory: Path) -> dict[int, str]:
+    """The processes of the server of a directory, zombies apart, with their names."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile; a zombie has no working directory
+            if (process / "cwd").readlink() == directory:
+                found[int(process.name)] = (process / "comm").read_text().strip()
+    return found
+
+
+def pid_of(directory: Path) -> int:
+    """The one server of the directory."""
+    (pid,) = (pid for pid, name in processes_of(directory).items() if name == "weed")
+    return pid
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
@@ -79,8 +93,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
     return condition()
 
 
-def left_in_tmp(ports: list[int]) -> list[Path]:
-    return [path for port in ports for path in Path("/tmp").glob(f"seaweedfs-*-{port + embedded.GRPC_OFFSET}.sock")]
+def left_in_tmp(directory: Path) -> list[Path]:
+    port = int(state(directory)["url"].rpartition(":")[2]) + embedded.GRPC_OFFSET
+    every = range(port, port + len(embedded.PORT_FLAGS))
+    return [path for number in every for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock")]
 
 
 class User:
@@ -128,43 +144,46 @@ def users(tmp_path: Path) -> Iterator[Callable[..., User]]:
         if user.process.poll() is None:
             user.kill()
     for directory in directories:
-        if (directory / "server.json").exists():
-            pid, ports = state(directory)["pid"], state(directory)["ports"]
-            with contextlib.suppress(ProcessLookupError):
-                if pid and str(embedded._start_time(pid)) == str(state(directory)["started"]):
+        if not wait_until(lambda directory=directory: not processes_of(directory)):  # type: ignore[misc]
+            for pid in processes_of(directory):
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            for path in left_in_tmp(ports):
-                path.unlink()
+            pytest.fail(f"the server of {directory} was left running")
 
 
 def test_start_join_and_the_last_user_stops_it(tmp_path: Path, users: Callable[..., User]) -> None:
+    """One server for all users; nothing of it is left, neither processes nor files, when the last one has left."""
     directory = tmp_path / "store"
-    first = users(directory)
-    pid = int(first.line())
-    second = users(directory)
-    assert int(second.line()) == pid
-    ports = state(directory)["ports"]
+    first, second = users(directory), users(directory)
+    first.line()
+    second.line()
+    pid = pid_of(directory)
     first.leave()
-    assert running(pid), "stopped although another process uses it"
     with EmbeddedServer.join(directory, SystemRuntime()) as third:
-        assert third.pid == pid
         second.leave()
+        assert pid_of(directory) == pid, "stopped although another process uses it"
         client(third.endpoint).create_bucket(Bucket="bucket")
-    assert not running(pid)
-    assert state(directory)["pid"] == 0
-    assert left_in_tmp(ports) == []
+    assert processes_of(directory) == {}
+    assert not third.alive
+    assert left_in_tmp(directory) == []
     assert sorted(path.name for path in directory.iterdir()) == sorted(
-        ["data", "lock", "s3.json", "server.json", "server.log", "users"]
+        ["data", "lock", "s3.json", "server", "server.json", "server.log", "users"]
     )
 
 
-def test_commands_that_start_at_once_share_one_server(tmp_path: Path, users: Callable[..., User]) -> None:
+def test_commands_that_start_and_end_at_once_share_one_server(tmp_path: Path, users: Callable[..., User]) -> None:
+    """Starts do not race; of users that leave at the same time the last one waits for the end."""
     together = [users(tmp_path / "store") for _ in range(4)]
-    pids = {int(user.line()) for user in together}
-    assert len(pids) == 1
+    for user in together:
+        user.line()
+    assert pid_of(tmp_path / "store")
+    for user in together:
+        assert user.process.stdin is not None
+        user.process.stdin.close()
+        user.process.stdin = None
     for user in together:
         user.leave()
-    assert not running(pids.pop())
+    assert processes_of(tmp_path / "store") == {}
 
 
 def test_writes_succeed_at_once_and_data_outlives_every_kind_of_stop(tmp_path: Path) -> None:
@@ -186,76 +205,104 @@ def test_writes_succeed_at_once_and_data_outlives_every_kind_of_stop(tmp_path: P
                 bucket, _, name = key.partition("/")
                 assert s3.get_object(Bucket=bucket, Key=name)["Body"].read() == body
             if number % 2:
-                os.kill(server.pid, signal.SIGKILL)
+                os.kill(pid_of(directory), signal.SIGKILL)
                 assert wait_until(lambda: not server.alive)
     assert len(endpoints) == 1, "keys or port changed"
 
 
 def test_a_killed_server_is_restarted_for_the_next_user_and_found_by_the_others(tmp_path: Path) -> None:
+    """The new server has the data, keys and ports of the old one, whose supervisor ends and spares it."""
     directory = tmp_path / "store"
     with EmbeddedServer.join(directory, SystemRuntime()) as first:
         client(first.endpoint).create_bucket(Bucket="bucket")
         client(first.endpoint).put_object(Bucket="bucket", Key="key", Body=b"kept")
-        os.kill(first.pid, signal.SIGKILL)
-        assert wait_until(lambda: not first.alive)
+        before = processes_of(directory)
+        os.kill(pid_of(directory), signal.SIGKILL)
         with EmbeddedServer.join(directory, SystemRuntime()) as second:
-            assert second.pid != first.pid
+            assert wait_until(lambda: not before.keys() & processes_of(directory).keys())
             assert second.endpoint == first.endpoint
         assert first.alive, "the restarted server was stopped under its first user"
         assert client(first.endpoint).get_object(Bucket="bucket", Key="key")["Body"].read() == b"kept"
-    assert not running(second.pid)
+    assert processes_of(directory) == {}
 
 
-def test_a_server_whose_users_were_all_killed_is_joined(tmp_path: Path, users: Callable[..., User]) -> None:
+def test_a_killed_server_leaves_no_supervisor(tmp_path: Path) -> None:
+    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+        os.kill(pid_of(tmp_path), signal.SIGKILL)
+        assert wait_until(lambda: not processes_of(tmp_path))
+        assert not server.alive
+        assert left_in_tmp(tmp_path) == []
+
+
+def test_a_server_ends_although_its_supervisor_was_killed(tmp_path: Path) -> None:
+    """As long as its users need it runs, and no second server is started beside it."""
+    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+        pid = pid_of(tmp_path)
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        assert processes_of(tmp_path)[parent] == "sh"
+        os.kill(parent, signal.SIGKILL)
+        assert wait_until(lambda: parent not in processes_of(tmp_path))
+        with EmbeddedServer.join(tmp_path, SystemRuntime()):
+            assert pid_of(tmp_path) == pid
+        client(server.endpoint).list_buckets()
+    assert not server.alive
+    assert wait_until(lambda: not processes_of(tmp_path))
+    for path in left_in_tmp(tmp_path):  # nobody was there to remove them
+        path.unlink()
+
+
+def test_a_server_whose_users_were_all_killed_ends(tmp_path: Path, users: Callable[..., User]) -> None:
+    """Nobody has to join it for that."""
     directory = tmp_path / "store"
-    user = users(directory)
-    pid = int(user.line())
-    user.kill()
-    assert running(pid)
-    with EmbeddedServer.join(directory, SystemRuntime()) as server:
-        assert server.pid == pid
-    assert not running(pid)
+    together = [users(directory) for _ in range(2)]
+    for user in together:
+        user.line()
+    pid = pid_of(directory)
+    for user in together:
+        assert pid_of(directory) == pid
+        user.kill()
+    assert wait_until(lambda: not processes_of(directory))
+    assert left_in_tmp(directory) == []
 
 
-def test_a_user_killed_while_starting_leaves_a_server_that_is_joined_or_none(
+def test_who_meets_a_server_that_is_being_stopped_starts_the_next_one(
     tmp_path: Path, users: Callable[..., User]
 ) -> None:
-    """Whatever instant the kill hits: never a second server over the same data, never one that nobody stops."""
-    for number, delay_s in enumerate((0.15, 0.2, 0.25, 0.3, 0.5)):
+    """It waits for the old one, which it can neither use nor have beside its own."""
+    user = users(tmp_path)
+    user.line()
+    old = pid_of(tmp_path)
+    os.kill(old, signal.SIGSTOP)  # so that it ends only when the patience of its supervisor does
+    user.kill()
+    assert wait_until(lambda: not shareable(tmp_path / "users"))
+    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+        assert pid_of(tmp_path) != old
+        client(server.endpoint).list_buckets()
+    assert processes_of(tmp_path) == {}
+
+
+def shareable(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_a_user_killed_while_starting_leaves_nothing(tmp_path: Path, users: Callable[..., User]) -> None:
+    """Whatever instant the kill hits: the server ends by itself, and the next user gets one that works."""
+    for number, delay_s in enumerate((0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 0.9)):
         directory = tmp_path / str(number)
         user = users(directory)
         time.sleep(delay_s)
         user.kill()
-        with EmbeddedServer.join(directory, SystemRuntime()):
-            assert len(servers_of(directory)) == 1
-        assert servers_of(directory) == []
-
-
-def servers_of(directory: Path) -> list[int]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").readlink() == directory and b"mini" in (process / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
-
-
-def test_a_recorded_pid_that_is_another_process_is_not_touched(tmp_path: Path) -> None:
-    directory = tmp_path / "store"
-    with seaweed(directory):
-        pass
-    with subprocess.Popen(["sleep", "60"]) as other:
-        try:
-            forged = {**state(directory), "pid": other.pid, "started": 1}
-            (directory / "server.json").write_text(json.dumps(forged))
-            with EmbeddedServer.join(directory, SystemRuntime()) as server:
-                assert server.pid != other.pid
-            (directory / "server.json").write_text(json.dumps(forged))
-            assert not server.alive
-            server.leave()
-            assert other.poll() is None
-        finally:
-            other.kill()
+        if number % 2:
+            assert wait_until(lambda directory=directory: not processes_of(directory))  # type: ignore[misc]
+        with EmbeddedServer.join(directory, SystemRuntime()) as server:
+            assert pid_of(directory)
+            client(server.endpoint).list_buckets()
+        assert processes_of(directory) == {}
 
 
 def test_any_path_length_and_odd_names_work(tmp_path: Path) -> None:
@@ -270,7 +317,7 @@ def test_any_path_length_and_odd_names_work(tmp_path: Path) -> None:
 def test_only_127_0_0_1_listens_and_only_with_the_keys(tmp_path: Path) -> None:
     with EmbeddedServer.join(tmp_path / "store", SystemRuntime()) as server:
         inodes = set()
-        for descriptor in Path(f"/proc/{server.pid}/fd").iterdir():
+        for descriptor in Path(f"/proc/{pid_of(tmp_path / 'store')}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 inodes.update(re.findall(r"socket:\[(\d+)\]", str(descriptor.readlink())))
         listening = []
@@ -301,9 +348,10 @@ def test_files_are_private_and_the_secret_is_shown_nowhere(tmp_path: Path) -> No
         for path in directory.rglob("*"):
             assert path.stat().st_mode & 0o077 == 0, path
         assert (directory / "server.json").stat().st_mode & 0o777 == 0o600
-        environment = Path(f"/proc/{server.pid}/environ").read_bytes()
-        assert secret.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes() + environment
-        assert secret not in repr(server.endpoint) + repr(server._state)
+        for pid in processes_of(directory):
+            for name in ("environ", "cmdline"):
+                assert secret.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+        assert secret not in repr(server.endpoint)
     assert secret not in (directory / "server.log").read_text()
 
 
@@ -318,16 +366,15 @@ def test_settings_of_the_environment_do_not_reach_the_server(tmp_path: Path, mon
 
 @pytest.mark.parametrize("taken", range(len(embedded.PORT_FLAGS)), ids=embedded.PORT_FLAGS)
 def test_a_port_taken_meanwhile_is_replaced(tmp_path: Path, taken: int) -> None:
-    directory = tmp_path / "store"
-    directory.mkdir()
-    ports = embedded._free_ports()
-    (directory / "server.json").write_text(json.dumps({"access_key": "KEY", "secret_key": "secret", "ports": ports}))
+    with EmbeddedServer.join(tmp_path, SystemRuntime()) as before:
+        pass
     with socket.socket() as thief:
-        thief.bind(("127.0.0.1", ports[taken]))
+        thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the server just stopped linger
+        thief.bind(("127.0.0.1", int(before.endpoint.url.rpartition(":")[2]) + taken))
         thief.listen()
-        with seaweed(directory) as endpoint:
-            assert (endpoint.access_key, endpoint.secret_key) == ("KEY", "secret")
-            assert ports[taken] not in state(directory)["ports"]
+        with seaweed(tmp_path) as endpoint:
+            assert endpoint == replace(before.endpoint, url=endpoint.url)
+            assert endpoint.url != before.endpoint.url
             client(endpoint).create_bucket(Bucket="bucket")
 
 
@@ -338,7 +385,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"read .*server\.log .*filerldb2") as caught:
         EmbeddedServer.join(directory, SystemRuntime())
     assert "\n" not in str(caught.value)
-    assert servers_of(directory) == []
+    assert processes_of(directory) == {}
 
 
 def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,9 +393,10 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EnvironmentProblem, match="name a directory to write in"):
         EmbeddedServer.join(tmp_path / "file", SystemRuntime())
     (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "server.json").write_text("{")
-    with pytest.raises(EnvironmentProblem, match="move it away"):
-        EmbeddedServer.join(tmp_path / "damaged", SystemRuntime())
+    for damaged in ("{", "[]", "{}", '{"url": 1, "access_key": "KEY", "secret_key": "SECRET"}'):
+        (tmp_path / "damaged" / "server.json").write_text(damaged)
+        with pytest.raises(EnvironmentProblem, match="move it away"):
+            EmbeddedServer.join(tmp_path / "damaged", SystemRuntime())
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(embedded.sysconfig, "get_path", lambda *_: str(tmp_path))
@@ -359,10 +407,11 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_leaving_twice_and_after_the_directory_was_deleted(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     server = EmbeddedServer.join(directory, SystemRuntime())
-    directory.rename(tmp_path / "moved away")
+    moved = directory.rename(tmp_path / "moved away")
     server.leave()
     server.leave()
-    assert not running(server.pid)
+    assert wait_until(lambda: not processes_of(moved))
+    assert left_in_tmp(moved) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -370,20 +419,19 @@ def test_serve_runs_until_a_signal(tmp_path: Path, users: Callable[..., User], n
     directory = tmp_path / "store"
     user = users(directory, SERVE)
     printed = "".join(user.line() for _ in range(4))
-    pid, secret = state(directory)["pid"], state(directory)["secret_key"]
-    assert f"http://127.0.0.1:{state(directory)['ports'][0]}" in printed
+    assert state(directory)["url"] in printed
     assert str(directory / "server.json") in printed
-    assert secret not in printed
-    assert running(pid)
+    assert state(directory)["secret_key"] not in printed
+    assert pid_of(directory)
     user.process.send_signal(number)
     user.leave()
-    assert not running(pid)
+    assert processes_of(directory) == {}
 
 
 def test_serve_reports_that_the_server_was_killed(tmp_path: Path, users: Callable[..., User]) -> None:
     user = users(tmp_path / "store", SERVE)
     user.line()
-    os.kill(state(tmp_path / "store")["pid"], signal.SIGKILL)
+    os.kill(pid_of(tmp_path / "store"), signal.SIGKILL)
     _, err = user.process.communicate(timeout=30)
     assert user.process.returncode != 0
     assert "ended; read" in err
@@ -392,11 +440,12 @@ def test_serve_reports_that_the_server_was_killed(tmp_path: Path, users: Callabl
 def test_ctrl_c_in_the_terminal_of_the_first_user_spares_the_server(tmp_path: Path, users: Callable[..., User]) -> None:
     directory = tmp_path / "store"
     first = users(directory)
-    pid = int(first.line())
+    first.line()
+    pid = pid_of(directory)
     with EmbeddedServer.join(directory, SystemRuntime()) as second:
         os.killpg(first.process.pid, signal.SIGINT)
         first.process.communicate(timeout=30)
-        assert running(pid)
+        assert pid_of(directory) == pid
         client(second.endpoint).list_buckets()
 
 
