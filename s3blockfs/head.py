@@ -110,7 +110,7 @@ class HeadFile:
         """
         return self._swap(base, make, commit, archives)
 
-    def settle(self, doubt: Doubt) -> Version | None:
+    def settle(self, doubt: Doubt, again: bool = True) -> Version | None:
         """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
         Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished."""
         seen = self._read_definitely(doubt, self._runtime.monotonic())
@@ -127,9 +127,9 @@ class HeadFile:
             stopper = replace(seen.head, rev=seen.head.rev + 1, nonce=self.nonce())
             self._put(seen.etag, codec.encode(stopper))
             return None
-        except PreconditionFailed:
-            return self.settle(doubt)  # the head moved on meanwhile, so now it can be told
         except StoreError as error:
+            if again and isinstance(error, PreconditionFailed):
+                return self.settle(doubt, again=False)  # the head moved on meanwhile, so now it can be told
             raise self._unsettled(doubt) from error
 
     def _swap(self, base: Version | None, make: Callable[[Any], Head], commit: bytes | None, archives: bool) -> Version:

@@ -24,6 +24,7 @@ from swaps import (
     delete,
     delete_and_recreate,
     doubt_of,
+    fails,
     fates,
     fine,
     followed_by,
@@ -37,6 +38,7 @@ from swaps import (
 from s3blockfs.errors import (
     CommitLost,
     DatabaseGone,
+    PreconditionFailed,
     RequestInDoubt,
 )
 from s3blockfs.format import head as codec
@@ -52,6 +54,21 @@ def world() -> Iterator[World]:
 
 
 # --- (d) -------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_refuses_every_swap_ends_in_an_unknown_outcome(world: World) -> None:
+    """I8: a 412 after which the head is still the old one tells nothing, however often it is repeated; a later
+    `settle`, when the store compares ETags again, does."""
+    base = create(world)
+    fates(world, then=fails(PreconditionFailed("always"), "before"))
+    with pytest.raises(Unsettled) as caught:
+        commit_mine(world.heads(), base)
+    assert len(world.store.swaps) < 100
+    with pytest.raises(Unsettled):
+        world.heads().settle(caught.value.doubt)
+    world.store.rule = None
+    assert world.heads().settle(caught.value.doubt) is None
+    assert read(world).head.commit == base.head.commit
 
 
 @pytest.mark.parametrize("fate", [applied_in_doubt, not_applied_in_doubt, delayed])
