@@ -9,8 +9,6 @@ Invariants: a key is in `_inflight` exactly while one thread is fetching it; who
 and removes it, on success and on failure.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future

@@ -15,8 +15,6 @@ Four PUTs at most when every outcome is known; nothing is deleted. Threads: any;
 Does not belong here: `--only-writer`, with which the caller does not ask at all.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

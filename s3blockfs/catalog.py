@@ -7,8 +7,6 @@ Exact names win. Prefixes above databases are folders.
 Thread rule: any thread; `_lock` is never held during a request to the store.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import threading

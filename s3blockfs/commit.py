@@ -7,8 +7,6 @@ commit a block is either in a block object or in the log, never in both, because
 Thread rule: one `publish` at a time per database (database.py serialises); uploads run on I/O threads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import suppress

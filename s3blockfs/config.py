@@ -1,7 +1,5 @@
 """One frozen dataclass behind flags, environment (and later `-o` options): every tunable with its default and help."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -16,8 +16,6 @@ Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or pub
 snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging
@@ -274,7 +272,7 @@ class Database:
     def wait_lock(
         self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
     ) -> None:
-        """F_SETLKW. Raises InterruptedError, OSError (EDEADLK), and whatever a refresh raises."""
+        """F_SETLKW. Raises InterruptedError, and whatever a refresh raises."""
         before = self.locks.level(owner)
         self.locks.wait_lock(owner, kind, start, end, pid, interrupted)
         try:

@@ -9,8 +9,6 @@ Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, 
 spill file outside the ranges are never read.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from typing import IO

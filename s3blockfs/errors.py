@@ -4,8 +4,6 @@ Rules: an error is raised where it happens, its text is one line that says what 
 turns it into success. SQLite sees the errno as SQLITE_IOERR, SQLITE_READONLY, SQLITE_FULL or SQLITE_BUSY.
 """
 
-from __future__ import annotations
-
 from errno import EACCES, EAGAIN, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT, EROFS, ESTALE
 
 

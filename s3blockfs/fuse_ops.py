@@ -8,8 +8,6 @@ Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are know
 Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -15,8 +15,6 @@ Every swap ends in one of these ways; the letters are those of docs/ARCHITECTURE
 Thread rule: stateless but for its collaborators; any thread.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """What the engine must know of SQLite's 100-byte database header. Pure. https://sqlite.org/fileformat2.html#database_header"""
 
-from __future__ import annotations
-
 MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100
 

@@ -4,8 +4,6 @@ Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a
 (28 bytes, padded to the sector size) followed by records: page number, page image, checksum.
 """
 
-from __future__ import annotations
-
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator

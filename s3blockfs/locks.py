@@ -11,8 +11,6 @@ Invariants (`_replace` is the only place that changes `_held`):
     no byte that one owner holds for WRITE is held by another owner
 """
 
-from __future__ import annotations
-
 import errno
 import threading
 from collections.abc import Callable, Hashable, Iterator

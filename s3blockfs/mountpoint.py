@@ -1,7 +1,5 @@
 """What a mount needs of a machine, unmounting, and clearing what a killed daemon left behind; all without libfuse."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -3,8 +3,6 @@
 Without that variable nothing happens, so callers need not know who started them. Threads: any.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 

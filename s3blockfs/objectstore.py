@@ -7,8 +7,6 @@ of conditional PUTs (`head.py` alone settles them), formats, caching.
 Thread rule: every method may be called from any thread.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol

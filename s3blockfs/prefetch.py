@@ -4,8 +4,6 @@ The window doubles with every range asked for, so that a point read costs one bl
 times what it reads, and a long one soon reads megabytes a request.
 """
 
-from __future__ import annotations
-
 from s3blockfs.format.data import OBJECT_BYTES
 
 #: The first window: two of the 128 KiB reads with which the kernel itself reads ahead.

@@ -4,8 +4,6 @@ This is the only module that may touch `time`, `os.urandom` or start threads for
 globals elsewhere). Wall clocks are not offered at all: time stamps come from the store (`ObjectStore.server_time_s`).
 """
 
-from __future__ import annotations
-
 import os
 import random
 import time

@@ -8,8 +8,6 @@ all of it). Two waits can pass it: `CONNECT_TIMEOUT_S` for each address of the e
 trickles out the headers or the XML of an answer. Thread rule: any thread.
 """
 
-from __future__ import annotations
-
 import base64
 import builtins
 import hashlib

@@ -6,8 +6,6 @@ nothing to play back. Does not belong here: what a journal's content means (jour
 Thread rule: any thread.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Logger names and log set-up. Does not belong here: deciding what is worth a log line. Threads: any."""
 
-from __future__ import annotations
-
 import logging
 
 from s3blockfs.errors import UsageError

@@ -5,8 +5,6 @@ Does not belong here: what goes where (commit.py), swapping the head (head.py).
 Thread rule: one transaction's calls are serialised by the caller; the PUTs run on I/O threads.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future

@@ -6,8 +6,6 @@ protects single moments and is never held during a request to the store.
 Invariant: `uploads` is set exactly while something is dirty.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

@@ -8,9 +8,7 @@ from engine import Call, Process, World, sqlite_page
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.database import Database
-from s3blockfs.errors import (
-    StoreUnavailable,
-)
+from s3blockfs.errors import StoreUnavailable
 
 PREFIX = "a.db"
 PAGE = 4096

@@ -9,12 +9,7 @@ from dataclasses import replace
 import pytest
 from engine import Call, Delayed, World
 
-from s3blockfs.errors import (
-    PreconditionFailed,
-    RequestInDoubt,
-    S3BlockFSError,
-    StoreUnavailable,
-)
+from s3blockfs.errors import PreconditionFailed, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import Commit
 from s3blockfs.format.head import Head, Lease
 from s3blockfs.format.tail import LogCommit

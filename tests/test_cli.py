@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ctypes.util
 import fcntl
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ import s3blockfs
 from s3blockfs import errors, telemetry
 from s3blockfs.cli import doctor_cmd, main, mount_cmd, options
 from s3blockfs.config import Config
+from s3blockfs.embedded import EmbeddedServer
 from s3blockfs.runtime import SystemRuntime
 
 Command = Callable[[Callable[[argparse.Namespace], int]], None]
@@ -124,11 +124,7 @@ def test_every_option_is_an_environment_variable_and_the_flag_wins(
     ],
 )
 def test_a_bad_variable_is_named(
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    variable: str,
-    text: str,
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, text: str
 ) -> None:
     monkeypatch.setenv(f"S3BLOCKFS_{variable}", text)
     command(lambda _: 0)
@@ -427,7 +423,7 @@ def test_doctor_with_the_embedded_server(
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("ok  ")] == []
     assert (code, len(lines)) == (0, 8)
-    assert json.loads((tmp_path / "s3" / "server.json").read_text())["pid"] == 0, "the server was left running"
+    assert not EmbeddedServer(tmp_path / "s3", SystemRuntime()).alive, "the server was left running"
 
 
 def test_local_and_an_endpoint_exclude_each_other(

@@ -10,12 +10,7 @@ import pytest
 from engine import InlineRuntime, Process, World, build_journal
 from scenes import PAGE, PREFIX, Scene, lose_next_commit, same, state, store_down
 
-from s3blockfs.errors import (
-    CommitLost,
-    NotSupported,
-    ReadOnly,
-    StoreUnavailable,
-)
+from s3blockfs.errors import CommitLost, NotSupported, ReadOnly, StoreUnavailable
 from s3blockfs.locks import Level
 
 

@@ -11,14 +11,7 @@ from engine import Call, Delayed, InlineRuntime, Process, World
 from scenes import PAGE, PREFIX, Scene, same, state, store_down
 
 from s3blockfs.database import Database
-from s3blockfs.errors import (
-    Busy,
-    CommitLost,
-    DatabaseGone,
-    OutcomeUnknown,
-    RequestInDoubt,
-    StoreUnavailable,
-)
+from s3blockfs.errors import Busy, CommitLost, DatabaseGone, OutcomeUnknown, RequestInDoubt, StoreUnavailable
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level
 
 

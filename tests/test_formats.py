@@ -92,10 +92,7 @@ KINDS = {
     ),
     "map": Kind(map_bytes, lambda: extents.encode(EXTENTS), lambda body: extents.decode(body, "it"), EXTENTS),
     "tail": Kind(
-        tail_bytes,
-        lambda: Tail.of(TAIL_COMMITS).encoded,
-        lambda body: Tail.decode(body, "it").commits,
-        TAIL_COMMITS,
+        tail_bytes, lambda: Tail.of(TAIL_COMMITS).encoded, lambda body: Tail.decode(body, "it").commits, TAIL_COMMITS
     ),
     "head": Kind(page.full_head_bytes, lambda: head.encode(HEAD), lambda body: head.decode(body, "it"), HEAD),
     "head_with_leaves": Kind(

@@ -34,12 +34,7 @@ from swaps import (
     vanish,
 )
 
-from s3blockfs.errors import (
-    AccessDenied,
-    CommitLost,
-    DatabaseExists,
-    StoreUnavailable,
-)
+from s3blockfs.errors import AccessDenied, CommitLost, DatabaseExists, StoreUnavailable
 from s3blockfs.format.head import Head, Lease
 from s3blockfs.head import Unsettled
 from s3blockfs.snapshot import Version

@@ -35,12 +35,7 @@ from swaps import (
     vanish,
 )
 
-from s3blockfs.errors import (
-    CommitLost,
-    DatabaseGone,
-    PreconditionFailed,
-    RequestInDoubt,
-)
+from s3blockfs.errors import CommitLost, DatabaseGone, PreconditionFailed, RequestInDoubt
 from s3blockfs.format import head as codec
 from s3blockfs.format.head import Head
 from s3blockfs.head import Unsettled

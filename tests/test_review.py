@@ -14,14 +14,7 @@ from engine import CONFIG, Call, Delayed, InlineRuntime, ManualRuntime, Process,
 
 from s3blockfs import catalog as catalog_module
 from s3blockfs.database import SETTLE_EVERY_S
-from s3blockfs.errors import (
-    CommitLost,
-    NewerFormat,
-    OutcomeUnknown,
-    RequestInDoubt,
-    S3BlockFSError,
-    StoreUnavailable,
-)
+from s3blockfs.errors import CommitLost, NewerFormat, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """`s3blockfs ls BUCKET[/PREFIX]`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from datetime import datetime, timezone

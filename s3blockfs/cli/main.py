@@ -4,8 +4,6 @@ A command is a module `cli/<name>_cmd.py` with `add_parser(subparsers)`, which s
 These modules import what is slow (boto3, libfuse, SQLite) inside `run`, so that `--help` is instant.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import os

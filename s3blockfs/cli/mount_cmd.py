@@ -1,7 +1,5 @@
 """`s3blockfs mount BUCKET[/PREFIX] DIR`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl

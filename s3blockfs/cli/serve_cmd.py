@@ -1,7 +1,5 @@
 """`s3blockfs serve DIR`: the embedded S3 server in the foreground, for other programs and other commands."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import signal

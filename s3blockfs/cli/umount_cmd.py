@@ -1,7 +1,5 @@
 """`s3blockfs umount DIR`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

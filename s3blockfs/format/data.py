@@ -9,8 +9,6 @@ commit's seq, both lengths and the stored bytes.
 * base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Inline in the head while it is small; otherwise cut into leaves `P/map/<leaf>-<r
 extents (<= 64 KiB), each covering the blocks from its `first` up to the next leaf's.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterable

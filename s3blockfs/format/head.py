@@ -4,8 +4,6 @@ Layout: one line of JSON (readable with `head -1`), the inline map, the tail, th
 before it. The nonce is new in every head, because S3's ETag is a content hash and must never repeat.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct
