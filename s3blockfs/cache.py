@@ -3,10 +3,8 @@
 Names are never reused, so an entry is valid for ever: below the head there is no cache invalidation. Concurrent misses
 of one frame share one GET; frames that lie next to each other in one object are fetched by one ranged GET.
 
-Thread rule: any thread. Does not belong here: what a frame means (snapshot.py), when to read ahead (prefetch.py).
-
-Invariants: a key is in `_inflight` exactly while one thread is fetching it; whoever put it there resolves its future
-and removes it, on success and on failure.
+Thread rule: any thread. Invariant: a key is in `_inflight` exactly while one thread fetches it; whoever put it there
+resolves its future and removes it, on success and on failure.
 """
 
 import threading

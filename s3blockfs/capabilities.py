@@ -1,6 +1,5 @@
 """Does the store honour If-Match and If-None-Match on PUT? Asked before the first write, never by readers.
 
-A store that ignores the conditions lets every racing writer win, so two of them would destroy each other's commits.
 The answer is remembered under the mounted prefix (`.s3blockfs/store`), and that very object is what is probed:
 
 1. PUT If-None-Match: *   creates it, "probing"      412: somebody else's probe; go on with his object
@@ -8,11 +7,8 @@ The answer is remembered under the mounted prefix (`.s3blockfs/store`), and that
 3. PUT If-Match: wrong    must be 412                200: the store ignores If-Match
 4. PUT If-Match: right    must apply, "safe"         412: another prober finished first, or nothing ever matches
 
-Only "safe" is ever remembered, and only step 4 writes it, so it always follows two refusals. An unsafe store is asked
-again by every first write: two PUTs, and the answer changes by itself once the store was upgraded. Every step starts
-from what a GET found, hence an unknown outcome, a prober that died and racing probers are all "start over".
-Four PUTs at most when every outcome is known; nothing is deleted. Threads: any; nothing is kept in memory.
-Does not belong here: `--only-writer`, with which the caller does not ask at all.
+Only "safe" is remembered, and it always follows two refusals; an unsafe store is asked again, so that an upgrade shows.
+Every step starts from what a GET found: an unknown outcome, a dead prober and racing probers are all "start over".
 """
 
 import json
@@ -23,8 +19,7 @@ from s3blockfs.format.keys import HIDDEN_FOLDER, join
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 
-#: How often to start over; the waits in between grow from 0.1 s to 1.6 s, about 4 s in all.
-ATTEMPTS = 6
+ATTEMPTS = 6  # to start over; the waits in between grow from 0.1 s to 1.6 s
 
 SAFE = "safe"
 PROBING = "probing"
@@ -36,10 +31,7 @@ WHAT_TO_DO = (
 
 
 def probe(store: ObjectStore, prefix: str, runtime: Runtime) -> str | None:
-    """Ask the store now, with a temporary key under `prefix`. None: safe; else what is wrong, as a clause.
-
-    Raises StoreUnavailable when no definite answer could be had, and what GET, PUT and DELETE raise.
-    """
+    """Ask the store now, with a temporary key. None: safe; else what is wrong. Raises StoreUnavailable among others."""
     key = join(prefix, HIDDEN_FOLDER, f"doctor-{runtime.token(8).hex()}")
     try:
         return _settle(store, key, runtime)
@@ -49,10 +41,8 @@ def probe(store: ObjectStore, prefix: str, runtime: Runtime) -> str | None:
 
 def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
-
     Raises ReadOnly when it is not safe, StoreUnavailable when no definite answer could be had, and what GET and PUT
-    raise (AccessDenied with read-only credentials).
-    """
+    raise (AccessDenied with read-only credentials)."""
     wrong = _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)
     if wrong is not None:
         raise ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")

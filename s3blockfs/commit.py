@@ -3,8 +3,7 @@
 Where the bytes go: everything up to SMALL_COMMIT_BYTES into the tail; else runs of whole blocks of at least
 SMALL_COMMIT_BYTES into block objects, what is left into the tail, or into segments when it is large itself. Within one
 commit a block is either in a block object or in the log, never in both, because both carry the commit's seq.
-
-Thread rule: one `publish` at a time per database (database.py serialises); uploads run on I/O threads.
+One `publish` at a time per database (database.py serialises).
 """
 
 from collections.abc import Iterable
@@ -235,10 +234,8 @@ def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:
 
 def _next_counter(view: View) -> tuple[int | None, bool]:
     """Set the change counter to the base's plus one: (the counter, whether the header shown is not the one written).
-
     Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps the base's, so that it goes
-    on when one is written over it.
-    """
+    on when one is written over it."""
     base = view.snapshot
     local = view.read(0, header.HEADER_BYTES)
     if not header.is_database(local):

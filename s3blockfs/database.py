@@ -1,8 +1,7 @@
 """The engine: one database as this process sees it. Everything the faces share is defined here and only here.
 
-It holds the committed snapshot, the uncommitted bytes over it, the byte-range locks of its local users, and decides
-when a transaction is published (docs/SEMANTICS.md). The faces translate system calls or VFS methods into these methods
-and errors back into errnos; they decide nothing.
+It decides when a transaction is published (docs/SEMANTICS.md). The faces translate system calls or VFS methods into
+these methods and errors back into errnos; they decide nothing.
 
 Publishing needs: something dirty, no hot journal, no write lock held by anybody but the caller, and a call that asks
 for durability (journal finalised, fsync without a journal, close). After a commit that failed, the writer that holds
@@ -41,10 +40,9 @@ from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Leve
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
-from s3blockfs.telemetry import ENGINE_LOGGER
 from s3blockfs.view import View
 
-log = logging.getLogger(ENGINE_LOGGER)
+log = logging.getLogger(__name__)
 
 #: A database in doubt asks the store again at most this often.
 SETTLE_EVERY_S = 2.0
@@ -155,7 +153,6 @@ class Database:
 
     def finalise_journal(self, pid: int) -> None:
         """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point.
-
         Returns when the transaction is durable, or rolled back. Raises when it is not: then the finalisation must fail.
         """
         with self._changing():
@@ -178,10 +175,8 @@ class Database:
 
     def finalise_super_journal(self, name: str, pid: int) -> None:
         """The super-journal `name` is about to be unlinked: the commit point of every database whose journal names it.
-
         SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
-        because another database failed, the play-back is published as a compensating commit.
-        """
+        because another database failed, the play-back is published as a compensating commit."""
         with self._changing():
             journal = self._journal()
             if journal is not None and super_journal(journal.read, journal.size) == name:
@@ -190,9 +185,7 @@ class Database:
 
     def sync(self, pid: int, foreign: Callable[[str], bool] = lambda name: False) -> None:
         """fsync of the database file by process `pid`: the commit point when there is no journal.
-
-        Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see.
-        """
+        Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see."""
         self._require_settled()
         journal = self._journal()
         if journal is not None and is_hot(journal.read(0, 1)) and not self._abandoned:

@@ -1,7 +1,6 @@
 """The exception tree: each class knows its errno (what a mount answers) and its CLI exit code.
 
-Rules: an error is raised where it happens, its text is one line that says what to do next, and nothing
-turns it into success. SQLite sees the errno as SQLITE_IOERR, SQLITE_READONLY, SQLITE_FULL or SQLITE_BUSY.
+An error is raised where it happens, its text is one line that says what to do next, nothing turns it into success.
 """
 
 from errno import EACCES, EAGAIN, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT, EROFS, ESTALE
@@ -57,8 +56,7 @@ class StoreUnavailable(StoreError):
 class RequestInDoubt(StoreError):
     """A conditional PUT whose outcome is unknown (409, 5xx, time-out, connection cut): it may still be applied.
 
-    Only who settles it may catch this: `head.py` for commits, `capabilities.py` for its own probe.
-    """
+    Only who settles it may catch this: `head.py` for commits, `capabilities.py` for its own probe."""
 
 
 class DamagedObject(S3BlockFSError, exit_code=6):

@@ -86,8 +86,7 @@ class Operations:
     """The file system. Override what it can do; what stays None answers ENOSYS, or what the kernel does without it.
 
     A path starts at the mount; it is None where there is a handle, so that no unlink waits for a read of the same path.
-    Raise OSError or S3BlockFSError with the errno to answer; anything else is logged and answered EIO.
-    """
+    Raise OSError or S3BlockFSError with the errno to answer; anything else is logged and answered EIO."""
 
     mounted: Mounted  # set before `init` is called
 
@@ -301,10 +300,8 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
 
 def mount(operations: Operations, mountpoint: str, *, options: Mapping[str, str | int | bool] | None = None) -> None:
     """Serve `operations`, on the main thread, until the unmount, SIGTERM, SIGINT or SIGHUP and the end of callbacks.
-
     `options` go on top of DEFAULT_OPTIONS. Raises UsageError for one, or a directory, that cannot be used,
-    EnvironmentProblem when the mount fails (libfuse says why on stderr), and what init, quiesce or destroy raised.
-    """
+    EnvironmentProblem when the mount fails (libfuse says why on stderr), and what init, quiesce or destroy raised."""
     chosen = {**DEFAULT_OPTIONS, **(options or {})}
     for name, value in chosen.items():
         if value is not False and DEFAULT_OPTIONS.get(name) is False:

@@ -40,9 +40,8 @@ from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
-from s3blockfs.telemetry import FUSE_LOGGER
 
-log = logging.getLogger(FUSE_LOGGER)
+log = logging.getLogger(__name__)
 
 #: statfs: S3 has no end, so say 1 PiB, in blocks of this size.
 STATFS_BLOCK_BYTES = 4096

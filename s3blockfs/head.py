@@ -1,7 +1,6 @@
 """The only writer of `P/head`: read, compare-and-swap, and the settling of unknown outcomes.
 
-Every swap ends in one of these ways; the letters are those of docs/ARCHITECTURE.md:
-
+Every swap ends in one of these ways (docs/ARCHITECTURE.md):
 (a) 200: applied.
 (b) 412: somebody swapped in between, or this PUT was applied before and its answer lost, so a 412 alone proves nothing.
     A commit looks itself up by its id at its seq: found, it is done; another's commit there, it is lost; neither, it
@@ -11,8 +10,7 @@ Every swap ends in one of these ways; the letters are those of docs/ARCHITECTURE
     swapped in, after which the delayed PUT can never apply.
 (d) The store cannot be reached before the deadline while in doubt: Unsettled carries what `settle` needs later.
 (e) 404 on If-Match: the database is gone.
-
-Thread rule: stateless but for its collaborators; any thread.
+Thread rule: any thread.
 """
 
 from collections.abc import Callable
@@ -104,8 +102,7 @@ class HeadFile:
         `make` gets the head that is being replaced and returns the new one (`rev` and `nonce` are set here) or raises;
         it is called again when another swap came first. With `commit` (the id of one) only heads with the database id
         and commit of `base` are replaced. A head that refers to something the new one does not is archived first; with
-        `archives` any is. Raises CommitLost, DatabaseGone, Unsettled, and what a PUT raises (not applied).
-        """
+        `archives` any is. Raises CommitLost, DatabaseGone, Unsettled, and what a PUT raises (not applied)."""
         return self._swap(base, make, commit, archives)
 
     def settle(self, doubt: Doubt, again: bool = True) -> Version | None:

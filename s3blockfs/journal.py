@@ -35,9 +35,7 @@ def is_hot(first_byte: bytes) -> bool:
 
 def page_images(read: Reader, size: int) -> Iterator[PageImage]:
     """The images with a valid checksum, in order; stops at the first that is not valid, as SQLite's play-back does.
-
-    A stale record of an earlier transaction (PERSIST) fails its checksum, because every header draws a new nonce.
-    """
+    A stale record of an earlier transaction (PERSIST) fails its checksum, because every header draws a new nonce."""
     start = 0
     while start + HEADER_BYTES <= size:
         magic, records, nonce, _, sector, page = _HEADER.unpack(read(start, HEADER_BYTES))
@@ -61,9 +59,7 @@ def page_images(read: Reader, size: int) -> Iterator[PageImage]:
 
 def super_journal(read: Reader, size: int) -> str | None:
     """The super-journal that this journal names at its end (a commit over several attached databases), or None.
-
-    Layout, from the end: magic (8), checksum of the name (4), its length (4), the name; pager.c, readSuperJournal.
-    """
+    Layout, from the end: magic (8), checksum of the name (4), its length (4), the name; pager.c, readSuperJournal."""
     if size < 16 + len(MAGIC):
         return None
     end = read(size - 16, 16)
@@ -84,8 +80,7 @@ def checksum(nonce: int, image: bytes) -> int:
 
 def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], read_dirty: Reader) -> bool:
     """Whether every dirty range lies inside page images of this journal and equals them: a play-back just put back what
-    is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew.
-    """
+    is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew."""
     rows = _union(dirty)
     covered: list[tuple[int, int]] = []
     for image in page_images(read, size):

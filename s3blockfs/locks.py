@@ -3,12 +3,9 @@
 A mount that implements FUSE's `lock` must settle every conflict itself: the kernel then keeps no locks of its own. An
 owner is FUSE's `lock_owner`, or any hashable. Ranges include both ends. Does not belong here: leases across machines.
 
-Thread rule: every method may be called from any thread; only `wait_lock` blocks. Deadlocks are not looked for: a waiter
-can be interrupted, and SQLite never waits.
-
-Invariants (`_replace` is the only place that changes `_held`):
-    an owner's locks are sorted, do not overlap, and adjacent ones of one kind are merged
-    no byte that one owner holds for WRITE is held by another owner
+Thread rule: any thread; only `wait_lock` blocks. Deadlocks are not looked for: a waiter can be interrupted, and SQLite
+never waits. Invariants: an owner's locks are sorted, do not overlap, and adjacent ones of one kind are merged; no byte
+that one owner holds for WRITE is held by another.
 """
 
 import errno

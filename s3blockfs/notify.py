@@ -1,7 +1,5 @@
 """Tell systemd (Type=notify) that we are ready, over the datagram socket that $NOTIFY_SOCKET names; see sd_notify(3).
-
-Without that variable nothing happens, so callers need not know who started them. Threads: any.
-"""
+Without that variable nothing happens."""
 
 import os
 import socket
@@ -11,9 +9,7 @@ from s3blockfs.errors import EnvironmentProblem
 
 def ready(status: str) -> None:
     """The mount can be used; `status` is what `systemctl status` shows.
-
-    Raises EnvironmentProblem when the socket is named but nobody takes the message.
-    """
+    Raises EnvironmentProblem when the socket is named but nobody takes the message."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

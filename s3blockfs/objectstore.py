@@ -1,10 +1,7 @@
 """The port to S3: the `ObjectStore` protocol.
 
 Every method names what it returns, what it raises and what a missing key means; `tests/test_objectstore.py` holds every
-implementation to this text: `s3store.py`, and the in-memory one of the tests. Does not belong here: retries
-of conditional PUTs (`head.py` alone settles them), formats, caching.
-
-Thread rule: every method may be called from any thread.
+implementation to this text: `s3store.py`, and the in-memory one of the tests. Thread rule: any thread.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +34,7 @@ class ObjectStore(Protocol):
     """Keys are whole keys inside one bucket. `site` labels the call for logs and fault injection.
 
     A call lasts no longer than the store's request deadline, retries included.
-    Errors common to all: AccessDenied, BucketNotFound, StoreRefused, StoreUnavailable.
-    """
+    Errors common to all: AccessDenied, BucketNotFound, StoreRefused, StoreUnavailable."""
 
     @property
     def name(self) -> str:
@@ -48,9 +44,7 @@ class ObjectStore(Protocol):
         self, key: str, *, site: str, start: int = 0, length: int | None = None, if_match: str | None = None
     ) -> StoredObject:
         """The object, or `length` bytes of it from byte `start` (fewer when it ends earlier; none past its end).
-
-        Raises ObjectNotFound; PreconditionFailed when its ETag is not `if_match`.
-        """
+        Raises ObjectNotFound; PreconditionFailed when its ETag is not `if_match`."""
 
     def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         """None when the object still has this ETag (304). Raises ObjectNotFound."""
@@ -70,17 +64,14 @@ class ObjectStore(Protocol):
         Without a condition: idempotent by the caller's promise that the key is used once, so it is retried.
         With `if_match` or `if_absent`: sent exactly once. Raises PreconditionFailed; when there is no object that could
         match, ObjectNotFound (S3) or PreconditionFailed (SeaweedFS); RequestInDoubt when it may or may not apply;
-        anything else: it was not applied.
-        """
+        anything else: it was not applied."""
 
     def delete(self, keys: Sequence[str], *, site: str) -> None:
         """Delete these keys; a missing one is no error. Any number of keys."""
 
     def list(self, prefix: str, *, site: str, delimiter: str = "", max_keys: int | None = None) -> Iterator[Listed]:
         """Every key that starts with `prefix`; with a delimiter, those with another one behind the prefix rolled up.
-
-        No order is promised. At most `max_keys` entries. The deadline is that of each page.
-        """
+        No order is promised. At most `max_keys` entries. The deadline is that of each page."""
 
     def server_time_s(self) -> float:
         """The store's clock, from the Date of its last answer plus the time since; 0.0 before the first answer."""

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -17,48 +17,35 @@ T = TypeVar("T")
 IO_THREADS = 32
 
 
-class Runtime(Protocol):
-    """What the engine needs from the machine it runs on."""
+class Runtime:
+    """The real machine; tests and simulations bring another one with the same methods.
 
-    def monotonic(self) -> float:
-        """Seconds on a clock that never jumps and counts suspended time (CLOCK_BOOTTIME)."""
+    Threads start at the first `submit`, so building one before a fork is harmless.
+    """
 
-    def sleep(self, seconds: float) -> None: ...
-
-    def token(self, size_bytes: int) -> bytes:
-        """`size_bytes` unpredictable bytes; two processes never get the same ones."""
-
-    def uniform(self, low: float, high: float) -> float:
-        """A random number for jitter; not for names."""
-
-    def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Run `function` on an I/O thread. Raises RuntimeError when none can be started."""
-
-    def close(self) -> None:
-        """Wait for what was submitted and end the threads."""
-
-
-class SystemRuntime:
-    """The real machine. Threads start at the first `submit`, so building one before a fork is harmless."""
-
-    def __init__(self, threads: int = IO_THREADS) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="s3blockfs-io")
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="s3blockfs-io")
         self._jitter = random.Random()
 
     def monotonic(self) -> float:
+        """Seconds on a clock that never jumps and counts suspended time."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def token(self, size_bytes: int) -> bytes:
+        """Unpredictable bytes; two processes never get the same ones."""
         return os.urandom(size_bytes)
 
     def uniform(self, low: float, high: float) -> float:
+        """A random number for jitter; not for names."""
         return self._jitter.uniform(low, high)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on an I/O thread; it must not wait for another one. RuntimeError when none can be started."""
         return self._executor.submit(function)
 
     def close(self) -> None:
+        """Wait for what was submitted and end the threads."""
         self._executor.shutdown(wait=True)

@@ -43,10 +43,9 @@ from s3blockfs.errors import (
 )
 from s3blockfs.objectstore import Listed, StoredObject
 from s3blockfs.runtime import Runtime
-from s3blockfs.telemetry import STORE_LOGGER
 
 T = TypeVar("T")
-log = logging.getLogger(STORE_LOGGER)
+log = logging.getLogger(__name__)
 
 #: For each address that the endpoint's name resolves to; also bounds the sending of one piece (see `_Upload`).
 CONNECT_TIMEOUT_S = 3.0
@@ -87,8 +86,7 @@ class S3Store:
 
     Credentials, region, endpoint and profile come from boto3's ordinary chain (environment, files, roles) unless given.
     `request_deadline_s` bounds a call, its retries included, unless the call brings its own. Raises UsageError when the
-    settings fit together in no way.
-    """
+    settings fit together in no way."""
 
     def __init__(
         self,
@@ -243,7 +241,6 @@ class S3Store:
 
     def check_bucket(self, prefix: str = "") -> None:
         """See whether the bucket is there and may be listed under `prefix`.
-
         Raises BucketNotFound, AccessDenied, StoreRefused, StoreUnavailable. By LIST: HeadBucket's errors have no text.
         """
         self._call(prefix, "check_bucket", "list_objects_v2", Prefix=prefix, MaxKeys=1)
@@ -258,9 +255,7 @@ class S3Store:
 
     def bucket_findings(self, prefix: str = "") -> builtins.list[str]:
         """What about the bucket's settings would hurt databases under `prefix`, a line each; for `doctor`.
-
-        A setting that the store does not have counts as unset; one that may not be read is a finding.
-        """
+        A setting that the store does not have counts as unset; one that may not be read is a finding."""
         findings = []
 
         def setting(operation: str) -> Any:
@@ -362,9 +357,7 @@ class _Upload(io.BytesIO):
 
 def _meaning(error: Exception) -> tuple[type[StoreError], str, str]:
     """What the failure of one attempt is, in an exception and in words, and what to do about it.
-
-    RequestInDoubt and StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied.
-    """
+    RequestInDoubt and StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied."""
     if isinstance(error, _NOT_SENT):
         return StoreUnavailable, "cannot connect", "check the network and the endpoint"
     if isinstance(error, _NO_CREDENTIALS):

@@ -1,10 +1,7 @@
 """Journals and other side files of databases, kept on this machine in unlinked temporary files.
 
 They never go to S3: together with the uncommitted pages they live and die with this process, so after a crash there is
-nothing to play back. Does not belong here: what a journal's content means (journal.py).
-
-Thread rule: any thread.
-"""
+nothing to play back. Thread rule: any thread."""
 
 import errno
 import os

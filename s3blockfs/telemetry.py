@@ -4,11 +4,8 @@ import logging
 
 from s3blockfs.errors import UsageError
 
-#: The package's logger; the others are its children, so that one level governs all of them.
+#: The package's logger; those of the modules are its children, so that one level governs all of them.
 LOGGER = "s3blockfs"
-STORE_LOGGER = f"{LOGGER}.store"
-ENGINE_LOGGER = f"{LOGGER}.engine"
-FUSE_LOGGER = f"{LOGGER}.fuse"
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -22,10 +19,8 @@ class _OneLine(logging.Formatter):
 
 def setup_logging(level: str = "warning", log_file: str | None = None) -> None:
     """Send log records to `log_file` (appended to), or to stderr. Calling it again replaces the earlier set-up.
-
     `level` (one of LEVELS) is for this package. Libraries stay at warnings: botocore's debug records hold request
-    headers, session tokens among them. Raises UsageError when the file cannot be opened.
-    """
+    headers, session tokens among them. Raises UsageError when the file cannot be opened."""
     try:
         handler = logging.FileHandler(log_file, encoding="utf-8") if log_file else logging.StreamHandler()
     except OSError as error:

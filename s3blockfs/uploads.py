@@ -1,7 +1,5 @@
 """The data objects of one transaction on their way to S3: in parallel, within a memory bound, before the swap.
 
-Does not belong here: what goes where (commit.py), swapping the head (head.py).
-
 Thread rule: one transaction's calls are serialised by the caller; the PUTs run on I/O threads.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from s3blockfs.embedded import EmbeddedServer, Endpoint
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
 BUCKET = "s3store-tests"
@@ -21,7 +21,7 @@ DEADLINE_S = 3.0
 @contextlib.contextmanager
 def seaweed(directory: Path) -> Iterator[Endpoint]:
     """The embedded server with its data in `directory`, ready; stopped at the end unless somebody else uses it."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     try:
         with EmbeddedServer.join(directory, runtime) as server:
             yield server.endpoint
@@ -46,7 +46,7 @@ def connect(url: str, endpoint: Any = None, **settings: Any) -> S3Store:
     if endpoint is not None:
         keys = {"access_key": endpoint.access_key, "secret_key": endpoint.secret_key}
     return S3Store(
-        **{"bucket": BUCKET, "runtime": SystemRuntime(), "endpoint_url": url, "request_deadline_s": DEADLINE_S}
+        **{"bucket": BUCKET, "runtime": Runtime(), "endpoint_url": url, "request_deadline_s": DEADLINE_S}
         | keys
         | settings
     )

@@ -13,13 +13,13 @@ from memorystore import MemoryStore
 from s3blockfs import capabilities
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, ReadOnly, RequestInDoubt, StoreUnavailable
 from s3blockfs.objectstore import StoredObject
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 KEY = "team/.s3blockfs/store"
 STEPS = ("probe.create", "probe.again", "probe.wrong", "probe.right")
 
 
-class Hasty(SystemRuntime):
+class Hasty(Runtime):
     """Notes waits and does not wait."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Hasty(SystemRuntime):
 class Watched(MemoryStore):
     """Notes the site of every request."""
 
-    def __init__(self, runtime: SystemRuntime) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime)
         self.sites: list[str] = []
 
@@ -72,7 +72,7 @@ class NeverMatches(Watched):
 class InDoubt(Watched):
     """One request, at `site`, has an unknown outcome; `applied` says whether the store carried it out."""
 
-    def __init__(self, runtime: SystemRuntime, site: str, *, applied: bool) -> None:
+    def __init__(self, runtime: Runtime, site: str, *, applied: bool) -> None:
         super().__init__(runtime)
         self.doubtful: str | None = site
         self.applied = applied

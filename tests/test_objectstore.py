@@ -28,7 +28,7 @@ from memorystore import MemoryStore
 
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, RequestInDoubt, StoreError
 from s3blockfs.objectstore import ObjectStore
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
 REAL_S3 = os.environ.get("S3BLOCKFS_TEST_S3", "")
@@ -95,7 +95,7 @@ def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[ObjectStore, str]]:
     """A store and the prefix that all tests keep to."""
-    runtime = SystemRuntime()
+    runtime = Runtime()
     with contextlib.ExitStack() as stack:
         stack.callback(runtime.close)
         if request.param == "memory":

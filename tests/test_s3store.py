@@ -32,7 +32,6 @@ from s3blockfs.errors import (
     UsageError,
 )
 from s3blockfs.s3store import S3Store
-from s3blockfs.telemetry import STORE_LOGGER
 
 #: What a call may take beyond its deadline on a busy machine.
 GRACE_S = 1.0
@@ -399,7 +398,7 @@ def test_no_credentials(store: S3Store, proxy: FaultProxy, no_aws: pytest.Monkey
 def test_the_log_holds_no_secret(
     store: S3Store, proxy: FaultProxy, key: str, seaweed_endpoint: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.DEBUG, STORE_LOGGER)
+    caplog.set_level(logging.DEBUG, "s3blockfs.s3store")
     proxy.rule = first(2, Fault(status=503, code="SlowDown"))
     store.put(key, b"x", site="here")
     assert sum(f"here: s3://{BUCKET}/{key}: HTTP 503 SlowDown" in record.message for record in caplog.records) == 2

@@ -12,7 +12,7 @@ from proxy import Fault, FaultProxy
 from servers import BUCKET, SECRET, connect, without_aws
 
 from s3blockfs.errors import AccessDenied, BucketNotFound, StoreError, StoreRefused
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
 pytestmark = pytest.mark.s3
@@ -38,7 +38,7 @@ def test_addressing(monkeypatch: pytest.MonkeyPatch, argument: str | None, varia
     without_aws(monkeypatch)
     if variable:
         monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
-    store = S3Store("some-bucket", runtime=SystemRuntime(), endpoint_url=argument, access_key="K", secret_key=SECRET)
+    store = S3Store("some-bucket", runtime=Runtime(), endpoint_url=argument, access_key="K", secret_key=SECRET)
     url = store._client.generate_presigned_url("get_object", Params={"Bucket": "some-bucket", "Key": "k"})
     assert url.partition("?")[0] == expected
     store.close()

@@ -18,7 +18,7 @@ from s3blockfs import capabilities
 from s3blockfs.cli.options import Target, add_command, config_from, open_store, parse_target
 from s3blockfs.config import Config
 from s3blockfs.errors import AccessDenied, S3BlockFSError
-from s3blockfs.runtime import Runtime, SystemRuntime
+from s3blockfs.runtime import Runtime
 
 if TYPE_CHECKING:
     from s3blockfs.s3store import S3Store
@@ -57,7 +57,7 @@ def _findings(namespace: argparse.Namespace) -> Iterator[Finding]:
     target = parse_target(namespace.target) if namespace.target else None
     yield from machine()
     if target is not None:
-        runtime = SystemRuntime()
+        runtime = Runtime()
         with open_store(namespace, target, runtime) as store:
             yield from bucket(store, target, config_from(namespace), runtime)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from s3blockfs.cli.options import add_command, config_from, open_store, parse_target
 from s3blockfs.errors import DatabaseNotFound
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,7 +23,7 @@ def run(namespace: argparse.Namespace) -> int:
     from s3blockfs.catalog import Catalog
 
     target, config = parse_target(namespace.target), config_from(namespace)
-    runtime = SystemRuntime()
+    runtime = Runtime()
     try:
         with open_store(namespace, target, runtime) as store:
             catalog = Catalog(store, runtime, config, target.prefix)

@@ -12,7 +12,7 @@ from typing import Any
 from s3blockfs import notify
 from s3blockfs.cli.options import add_command, config_from, open_store, parse_target
 from s3blockfs.errors import EnvironmentProblem, UsageError
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 #: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
 DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
@@ -36,9 +36,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _in_background() -> int:
     """Start the same command as a daemon; 0 when the mount answers, its exit code and message when it does not.
-
-    A new process instead of a fork: nothing of this one's threads and connections gets into the daemon.
-    """
+    A new process instead of a fork: nothing of this one's threads and connections gets into the daemon."""
     daemon = subprocess.Popen(
         [sys.executable, "-m", "s3blockfs", *sys.argv[1:]],
         stdin=subprocess.DEVNULL,
@@ -70,7 +68,7 @@ def _serve(namespace: argparse.Namespace) -> int:
         raise UsageError(f"{namespace.directory}: no such directory; create it with mkdir")
     if os.path.ismount(directory):
         raise UsageError(f"{namespace.directory}: something is mounted there already; s3blockfs umount it first")
-    runtime = SystemRuntime()
+    runtime = Runtime()
     with open_store(namespace, target, runtime) as store:
         store.check_bucket(target.prefix)
         catalog = Catalog(store, runtime, config, target.prefix)

@@ -120,15 +120,12 @@ def _show(value: Any) -> str:
 
 
 def _config_options() -> Iterator[Option]:
-    kinds: dict[str, tuple[Callable[[str], Any], str]] = {
-        "int": (size, "SIZE"),
-        "float": (seconds, "SECONDS"),
-        "bool": (switch, ""),
-        "str | None": (str, "TEXT"),
+    kinds: dict[Any, tuple[Callable[[str], Any], str]] = {
+        **{int: (size, "SIZE"), float: (seconds, "SECONDS"), bool: (switch, ""), str | None: (str, "TEXT")},
         "block_size": (_block_size, "SIZE"),
     }
     for field in fields(Config):
-        convert, metavar = kinds.get(field.name) or kinds[str(field.type)]
+        convert, metavar = kinds.get(field.name) or kinds[field.type]
         yield Option(field.name, convert, field.metadata["help"], metavar, field.default)
 
 
@@ -191,10 +188,8 @@ def parse_target(text: str) -> Target:
 @contextmanager
 def open_store(namespace: argparse.Namespace, target: Target, runtime: Runtime) -> Iterator[S3Store]:
     """The store of `target`. With --local its server runs as long as the context, and the bucket is created if missing.
-
     Sends nothing to a store on the network yet, so a missing bucket shows at the first request.
-    Raises UsageError, EnvironmentProblem (no embedded server here) and what starting the server raises.
-    """
+    Raises UsageError, EnvironmentProblem (no embedded server here) and what starting the server raises."""
     from s3blockfs.s3store import S3Store  # boto3 takes 0.2 s to import: only for commands that need it
 
     config = config_from(namespace)

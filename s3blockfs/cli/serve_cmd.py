@@ -8,7 +8,7 @@ from typing import Any
 
 from s3blockfs.cli.options import add_command
 from s3blockfs.errors import EnvironmentProblem
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 WATCH_S = 1.0
 
@@ -23,7 +23,7 @@ def run(namespace: argparse.Namespace) -> int:
     """Start or join the server of the directory, say how to use it, and leave at SIGINT or SIGTERM."""
     from s3blockfs.embedded import EmbeddedServer
 
-    directory, runtime = namespace.directory, SystemRuntime()
+    directory, runtime = namespace.directory, Runtime()
     # SIGTERM becomes an exception like SIGINT: it then also ends a start that hangs, and cleans up.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

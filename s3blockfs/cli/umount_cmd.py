@@ -9,7 +9,7 @@ from s3blockfs import mountpoint
 from s3blockfs.cli.mount_cmd import is_served
 from s3blockfs.cli.options import add_command
 from s3blockfs.errors import Busy
-from s3blockfs.runtime import SystemRuntime
+from s3blockfs.runtime import Runtime
 
 #: A daemon finishes its commit (60 s by default) before it goes.
 PATIENCE_S = 90.0
@@ -26,7 +26,7 @@ def run(namespace: argparse.Namespace) -> int:
     if mountpoint.clear_dead_mount(str(directory)):
         return 0
     mountpoint.unmount(str(directory))
-    runtime = SystemRuntime()
+    runtime = Runtime()
     deadline = runtime.monotonic() + PATIENCE_S
     while is_served(directory):
         if runtime.monotonic() > deadline:
