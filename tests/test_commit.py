@@ -16,7 +16,7 @@ from objects import decode_object
 
 from s3blockfs import commit
 from s3blockfs.database import Database
-from s3blockfs.errors import CommitLost, RequestInDoubt, StoreRefused, StoreUnavailable
+from s3blockfs.errors import CommitLost, StoreRefused, StoreUnavailable
 from s3blockfs.format import data
 from s3blockfs.format import head as codec
 from s3blockfs.format.extents import Extent
@@ -486,22 +486,3 @@ def test_a_lost_bulk_commit_leaves_no_trace(world: World) -> None:
     assert database.read(0, 100) == b""
     database.refresh(0)
     assert world.content() == b"winner" == database.read(0, 100)
-
-
-def test_a_commit_in_doubt_is_shown_before_what_others_added(world: World) -> None:
-    """My commit applied, its answer was lost, another machine committed on top: running readers here see mine alone,
-    the next refresh shows both."""
-    database, other = new_database(world), world.machine(faulty=False).open(PREFIX)
-
-    def rule(call: Call, when: str) -> None:
-        if call.site == "swap" and when == "after":
-            world.store.rule = None
-            other.refresh(0)
-            save(other, (10, b"theirs"))
-            raise RequestInDoubt("answer lost")
-
-    world.store.rule = rule
-    save(database, (0, b"mine"))
-    assert database.read(0, 100) == b"mine"
-    database.refresh(1000)
-    assert database.read(0, 100) == world.content() == b"mine".ljust(10, b"\0") + b"theirs"

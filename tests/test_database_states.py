@@ -369,6 +369,24 @@ def test_gone_while_in_doubt(scene: Scene) -> None:
     assert same(scene.shown(), state(1)) and scene.world.heads().read() is None
 
 
+def test_a_commit_in_doubt_is_shown_before_what_others_added(scene: Scene) -> None:
+    """My commit applied, its answer was lost, another machine committed on top: running readers here see mine alone,
+    the next refresh shows both."""
+
+    def rule(call: Call, when: str) -> None:
+        if call.site == "swap" and when == "after":
+            scene.world.store.rule = None
+            scene.commit_elsewhere(3)
+            raise RequestInDoubt("answer lost")
+
+    scene.database.write(0, state(2))
+    scene.world.store.rule = rule
+    scene.database.close_handle(1)
+    assert same(scene.shown(), state(2))
+    scene.database.refresh(1000)
+    assert same(scene.shown(), state(3)) and scene.published(3)
+
+
 def test_a_state_that_cannot_be_loaded_is_loaded_later(scene: Scene) -> None:
     """A commit in doubt turns out to be applied, but the state after it (with others' commits) cannot be read yet."""
 
