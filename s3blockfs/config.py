@@ -23,9 +23,7 @@ class Config:
     request_deadline_s: float = _option(10.0, "bound on one request to S3, its retries included")
     transaction_deadline_s: float = _option(60.0, "bound on publishing one transaction, settling its outcome included")
     read_only: bool = _option(False, "refuse to write")
-    only_writer: bool = _option(
-        False, "promise that nobody else ever writes there: allows stores without conditional PUTs"
-    )
+    only_writer: bool = _option(False, "promise that nobody else ever writes: for stores without conditional PUTs")
     spill_dir: str | None = _option(None, "where uncommitted bytes are kept (default: $TMPDIR or /var/tmp)")
     endpoint_url: str | None = _option(None, "an S3 service other than AWS, such as https://minio.example:9000")
     region: str | None = _option(None, "the bucket's region")

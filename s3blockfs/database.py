@@ -19,7 +19,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
@@ -128,24 +128,27 @@ class Database:
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Remember `data` as uncommitted. Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
+    def write(self, offset: int, data: bytes, owners: Container[Hashable] | None = None) -> None:
+        """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
+        Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
-            self._require_writable()
-            if self._discarding is not None:
-                return
-            if (
-                header.sets_wal(offset, data) and self.locks.writers()
-            ):  # `PRAGMA journal_mode=WAL`: inside a transaction
+            if header.sets_wal(offset, data) and self.locks.writers():  # PRAGMA journal_mode=WAL, in its transaction
                 raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
-            self._view.write(offset, data)
+            if self._takes_writes(owners):
+                self._view.write(offset, data)
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
         with self._changing():
-            self._require_writable()
-            if self._discarding is None and size != self.size:
+            if self._takes_writes(owners) and size != self.size:
                 self._view.truncate(size)
+
+    def _takes_writes(self, owners: Container[Hashable] | None) -> bool:
+        """False in discard mode, for the owner in it; bytes of others must not vanish silently meanwhile."""
+        self._require_writable()
+        if self._discarding is not None and owners is not None and self._discarding not in owners:
+            raise StoreUnavailable(f"{self._label}: another program's failed transaction is being undone; try again")
+        return self._discarding is None
 
     def journal_begins(self) -> None:
         """A journal's first header is being written: are its images going to be those of the committed state?"""

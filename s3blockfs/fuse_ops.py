@@ -209,7 +209,7 @@ class FileSystem(Operations):
         handle = self._add_database(path, info, self._catalog.open(path[1:]))
         if info.flags & os.O_TRUNC:
             try:
-                self._change(handle, lambda database: database.truncate(0))
+                self._change(handle, lambda database: database.truncate(0, handle.owners))
             except BaseException:
                 self.release(None, info)
                 raise
@@ -230,7 +230,7 @@ class FileSystem(Operations):
                 database.journal_begins()
             handle.side.write(offset, data)
         else:
-            self._change(handle, lambda database: database.write(offset, data))
+            self._change(handle, lambda database: database.write(offset, data, handle.owners))
         return len(data)
 
     def truncate(self, path: str | None, length: int, info: FileInfo | None) -> None:
@@ -239,7 +239,7 @@ class FileSystem(Operations):
             if handle.side is not None:
                 self._truncate_side(handle.path, handle.side, length)
             else:
-                self._change(handle, lambda database: database.truncate(length))
+                self._change(handle, lambda database: database.truncate(length, handle.owners))
             return None
         assert path is not None
         if is_side_file(path):

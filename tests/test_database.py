@@ -367,3 +367,23 @@ def test_closing_outside_a_transaction_ends_nothing(scene: Scene) -> None:
     writer.commit()
     assert not writer.close()
     assert scene.world.content()[PAGE:].startswith(b"pending")
+
+
+def test_bytes_of_others_do_not_vanish_in_discard_mode(scene: Scene) -> None:
+    """While a lost transaction is being undone its own writes are dropped, those of a program without locks refused."""
+    writer = scene.process(1)
+    writer.begin()
+    scene.database.write(0, state(2))
+    scene.commit_elsewhere(3)
+    with pytest.raises(CommitLost):
+        writer.finalise()
+    ((owner, _),) = scene.database.locks.writers()
+    scene.database.write(0, state(1), {owner})
+    with pytest.raises(StoreUnavailable, match="try again"):
+        scene.database.write(0, b"x", set())
+    with pytest.raises(StoreUnavailable, match="try again"):
+        scene.database.truncate(0, set())
+    writer.unlock()
+    scene.database.write(0, state(4), set())
+    scene.database.close_handle(2)
+    assert same(scene.shown(), state(4)) and scene.published(4)
