@@ -227,7 +227,7 @@ class Database:
             self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
             log.error("%s", error)
             raise
-        except (S3BlockFSError, OSError) as error:
+        except Exception as error:  # also what nobody foresaw, such as no more threads: half a state must not stay
             log.warning("%s: commit failed: %s", self._label, error)
             self._fail(remove_journal=False)
             raise

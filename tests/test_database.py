@@ -387,3 +387,16 @@ def test_bytes_of_others_do_not_vanish_in_discard_mode(scene: Scene) -> None:
     scene.database.write(0, state(4), set())
     scene.database.close_handle(2)
     assert same(scene.shown(), state(4)) and scene.published(4)
+
+
+def test_an_unforeseen_failure_of_a_commit_leaves_nothing_behind(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more threads, say: the commit fails, its bytes are gone, and the next transaction starts clean."""
+    monkeypatch.setattr("s3blockfs.commit._upload", lambda *_: (_ for _ in ()).throw(RuntimeError("no threads")))
+    scene.database.write(0, state(2))
+    with pytest.raises(RuntimeError):
+        scene.database.close_handle(1)
+    assert not scene.database.is_dirty and same(scene.shown(), state(1))
+    monkeypatch.undo()
+    scene.database.write(0, state(3))
+    scene.database.close_handle(1)
+    assert scene.published(3)
