@@ -13,9 +13,9 @@ import pytest
 from engine import CONFIG, Call, Delayed, InlineRuntime, ManualRuntime, Process, World, shrink_limits, sqlite_page
 
 from s3blockfs import catalog as catalog_module
-from s3blockfs.database import SETTLE_EVERY_S
 from s3blockfs.errors import CommitLost, NewerFormat, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level
+from s3blockfs.state import SETTLE_EVERY_S
 
 if TYPE_CHECKING:
     from s3blockfs.catalog import Catalog

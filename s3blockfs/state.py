@@ -1,0 +1,187 @@
+"""Which committed state a database shows on this machine, and whether it may be used: loading, moving, doubt, the end.
+
+The rules of transactions are in `database.py`, which builds on this. Threads: `_gate` serialises lock calls, `_writing`
+everything that changes state, `_mutex` protects single moments and is never held during a request to the store. Order:
+_gate > _writing > _mutex.
+
+Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or published. `on_moved` is called after the
+snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from s3blockfs.config import Config
+from s3blockfs.dirty import spill_folder
+from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError
+from s3blockfs.head import Doubt, HeadFile, Unsettled
+from s3blockfs.snapshot import Snapshot, Source, Version
+from s3blockfs.uploads import Uploads
+from s3blockfs.view import View
+
+log = logging.getLogger(__name__)
+
+#: A database in doubt asks the store again at most this often.
+SETTLE_EVERY_S = 2.0
+
+
+class State:
+    """Starts at `version`, a head that is no tombstone."""
+
+    def __init__(
+        self,
+        source: Source,
+        heads: HeadFile,
+        config: Config,
+        version: Version,
+        new_uploads: Callable[[Snapshot], Uploads],
+    ) -> None:
+        self._source = source
+        self._heads = heads
+        self._config = config
+        self._gate = threading.RLock()
+        self._writing = threading.RLock()
+        self._depth = 0
+        self._moved = False
+        self._mutex = threading.Lock()
+        self._unloaded: Version | None = None
+        self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), new_uploads)
+        self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
+        self._doubt: Doubt | None = None
+        self._settling = False
+        self._settle_after = 0.0
+        self._gone: str | None = None
+        self.prefix = source.prefix
+        self.on_moved: Callable[[], None] = lambda: None
+        """Called when cached copies of any byte may be stale."""
+
+    @property
+    def size(self) -> int:
+        unloaded = self._unloaded
+        return self._view.size if unloaded is None else unloaded.head.size
+
+    @property
+    def modified_s(self) -> float:
+        """The time of the last commit by the store's clock."""
+        return self._view.snapshot.head.time_ms / 1000
+
+    @property
+    def is_dirty(self) -> bool:
+        return self._view.is_dirty
+
+    @property
+    def is_gone(self) -> bool:
+        return self._gone is not None
+
+    @property
+    def in_doubt(self) -> bool:
+        return self._doubt is not None
+
+    @property
+    def version(self) -> Version:
+        """The state that reads show, uncommitted bytes apart."""
+        return self._view.snapshot.version
+
+    def delete(self) -> None:
+        """It was deleted here: open handles still read, and cannot write."""
+        with self._changing():
+            self._view.drop()
+            self._gone = f"{self._label}: was deleted"
+            self.checked_s = float("inf")  # a refresh would find the tombstone and fail reads
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""
+        with contextlib.ExitStack() as afterwards, self._writing:
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._moved and self._depth == 0:
+                    self._moved = False
+                    afterwards.callback(self.on_moved)
+
+    def _require_settled(self) -> None:
+        if self._doubt is not None:
+            self._settle_soon()
+            raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
+        version = self._unloaded
+        if version is not None:
+            snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
+            with self._mutex:
+                if self._unloaded is version:
+                    self._view.move(snapshot)
+                    self._unloaded = None
+
+    def _require_writable(self) -> None:
+        self._require_settled()
+        if self._gone is not None:
+            raise DatabaseGone(self._gone)
+        if self._config.read_only:
+            raise ReadOnly(f"{self._label}: mounted read-only")
+
+    def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
+        """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
+        if version.head.deleted:  # right after a commit of ours
+            self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
+        if snapshot is None:
+            try:
+                snapshot = Snapshot.load(self._source, version)
+            except (S3BlockFSError, RuntimeError) as error:  # RuntimeError: no more threads
+                log.warning("%s: %s", self._label, error)
+        with self._mutex:
+            if snapshot is None:
+                self._unloaded = version
+                self._view.drop()
+            else:
+                self._view.move(snapshot)
+                self._unloaded = None
+
+    def _doubts(self, error: Unsettled) -> None:
+        self._doubt = error.doubt
+        self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
+        log.error("%s", error)
+
+    def _settle_soon(self) -> None:
+        with self._mutex:
+            now = self._source.runtime.monotonic()
+            if self._settling or now < self._settle_after:
+                return
+            self._settling = True
+            self._settle_after = now + SETTLE_EVERY_S
+        try:
+            self._source.runtime.submit(self._settle)
+        except RuntimeError:  # no more threads: the next call tries again
+            self._settling = False
+
+    def _settle(self) -> None:
+        doubt = self._doubt
+        try:
+            if doubt is None:
+                return
+            version = self._heads.settle(doubt)
+            with self._gate, self._changing():
+                if version is not None:
+                    self._adopt(version, None)
+                self._doubt = None
+                self._fail(remove_journal=True)
+            log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
+        except DatabaseGone as error:
+            with self._gate, self._changing():
+                self._gone, self._doubt = str(error), None
+                self._fail(remove_journal=True)
+        except S3BlockFSError as error:
+            log.warning("%s", error)
+        finally:
+            self._settling = False
+
+    def _fail(self, remove_journal: bool) -> None:
+        """The uncommitted bytes count no more."""
+        raise NotImplementedError
+
+    @property
+    def _label(self) -> str:
+        return self._source.name_of(self._source.prefix)
