@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import partial
 
 from cachetools import LRUCache
@@ -43,8 +44,7 @@ class BlockCache:
 
     def fetch(self, prefix: str, addresses: Sequence[FrameAddress]) -> list[bytes]:
         """The verified bytes of each frame, in order. Raises DamagedObject, or what `ObjectStore.get` raises."""
-        claimed, waiting, found = self._claim(prefix, addresses)
-        runs = _runs(claimed)
+        runs, waiting, found = self._claim(prefix, addresses)
         for run in runs[1:]:
             self._start(prefix, run)
         for run in runs[:1]:
@@ -59,31 +59,30 @@ class BlockCache:
 
     def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
         """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
-        for run in _runs(self._claim(prefix, addresses)[0]):
+        for run in self._claim(prefix, addresses)[0]:
             self._start(prefix, run)
 
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
         """Remember bytes that this process uploaded itself."""
-        with self._lock:
-            self._insert((prefix, address.ref, address.pos), data)
+        with self._lock, suppress(ValueError):  # larger than the cache
+            self._frames[prefix, address.ref, address.pos] = data
 
     def _claim(
         self, prefix: str, addresses: Iterable[FrameAddress]
-    ) -> tuple[list[FrameAddress], dict[FrameAddress, Future[bytes]], dict[FrameAddress, bytes]]:
-        """(those that the caller must fetch now, a future for each that is not in the cache, those that are)."""
+    ) -> tuple[list[list[FrameAddress]], dict[FrameAddress, Future[bytes]], dict[FrameAddress, bytes]]:
+        """(the runs that the caller must fetch now, a future for each that is not in the cache, those that are)."""
         claimed, waiting, found = [], {}, {}
         with self._lock:
             for address in addresses:
                 key = (prefix, address.ref, address.pos)
-                hit = self._frames.get(key)
-                if hit is not None:
+                if (hit := self._frames.get(key)) is not None:
                     found[address] = hit
                     continue
                 if key not in self._inflight:
                     self._inflight[key] = Future()
                     claimed.append(address)
                 waiting[address] = self._inflight[key]
-        return claimed, waiting, found
+        return _runs(claimed), waiting, found
 
     def _start(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """Fetch on an I/O thread, or here when none is to be had: what was claimed must be resolved."""
@@ -95,8 +94,7 @@ class BlockCache:
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""
         start, key = run[0].pos, run[0].ref.key(prefix)
-        name = f"{self._store.name}/{key}"
-        body = memoryview(b"")
+        name, body = f"{self._store.name}/{key}", memoryview(b"")
         failure: BaseException | None = None
         try:
             body = memoryview(self._store.get(key, site="block", start=start, length=run[-1].end - start).body)
@@ -105,39 +103,32 @@ class BlockCache:
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
             failure = error
         for address in run:
-            data, problem = None, failure
-            if problem is None:
-                try:
-                    data = decode_frame(body[address.pos - start : address.end - start], address, name)
-                except S3BlockFSError as error:  # damaged, or of a newer format
-                    problem = error
-            frame = (prefix, address.ref, address.pos)
+            try:
+                result = failure or decode_frame(body[address.pos - start : address.end - start], address, name)
+            except S3BlockFSError as error:  # damaged, or of a newer format
+                result = error
+            if isinstance(result, bytes):
+                self.put(prefix, address, result)
             with self._lock:
-                future = self._inflight.pop(frame, None)
-                if data is not None:
-                    self._insert(frame, data)
+                future = self._inflight.pop((prefix, address.ref, address.pos), None)
             if future is None:
                 continue  # a pool that raised in `submit` ran it all the same
-            if data is not None:
-                future.set_result(data)
+            if isinstance(result, bytes):
+                future.set_result(result)
             else:
-                future.set_exception(problem)
+                future.set_exception(result)
         if failure is not None and not isinstance(failure, Exception):
             raise failure  # KeyboardInterrupt and the like belong to this thread too
-
-    def _insert(self, key: _Key, data: bytes) -> None:
-        if len(data) <= self._frames.maxsize:
-            self._frames[key] = data
 
 
 def _runs(addresses: Iterable[FrameAddress]) -> list[list[FrameAddress]]:
     """Group into ranges for one GET each: same object, at most MAX_GAP_BYTES apart, at most about OBJECT_BYTES long."""
     runs: list[list[FrameAddress]] = []
-    for address in sorted(set(addresses), key=lambda a: (a.ref, a.pos)):
-        first, last = (runs[-1][0], runs[-1][-1]) if runs else (address, address)
-        near = first.ref == address.ref and address.pos - last.end <= MAX_GAP_BYTES
-        if runs and near and address.end - first.pos <= OBJECT_BYTES * 2:
-            runs[-1].append(address)
+    for address in sorted(addresses, key=lambda a: (a.ref, a.pos)):
+        run = runs[-1] if runs else [address]
+        near = run[0].ref == address.ref and address.pos - run[-1].end <= MAX_GAP_BYTES
+        if runs and near and address.end - run[0].pos <= OBJECT_BYTES * 2:
+            run.append(address)
         else:
             runs.append([address])
     return runs

@@ -12,17 +12,16 @@ Every step starts from what a GET found: an unknown outcome, a dead prober and r
 """
 
 import json
+from contextlib import suppress
 from typing import Any
 
-from s3blockfs.errors import ObjectNotFound, PreconditionFailed, ReadOnly, RequestInDoubt, StoreUnavailable
+from s3blockfs import errors
 from s3blockfs.format.keys import HIDDEN_FOLDER, join
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 
 ATTEMPTS = 6  # to start over; the waits in between grow from 0.1 s to 1.6 s
-
-SAFE = "safe"
-PROBING = "probing"
+SAFE, PROBING = "safe", "probing"
 
 WHAT_TO_DO = (
     "two writers would destroy each other's commits, so nothing is written: use AWS S3, MinIO, R2, Ceph or "
@@ -45,7 +44,7 @@ def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     raise (AccessDenied with read-only credentials)."""
     wrong = _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)
     if wrong is not None:
-        raise ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
+        raise errors.ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
 
 
 def _settle(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
@@ -54,10 +53,10 @@ def _settle(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
             runtime.sleep(0.1 * 2 ** (attempt - 1) * runtime.uniform(0.5, 1.5))
         try:
             return _steps(store, key, runtime)
-        except (RequestInDoubt, PreconditionFailed, ObjectNotFound) as error:  # the latter two: others were faster
-            last = error
+        except (errors.RequestInDoubt, errors.PreconditionFailed, errors.ObjectNotFound) as error:
+            last = error  # the latter two: others were faster
     text = f"cannot find out whether the store honours If-Match ({last}); try again"
-    raise StoreUnavailable(f"{store.name}/{key}: {text}") from last
+    raise errors.StoreUnavailable(f"{store.name}/{key}: {text}") from last
 
 
 def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
@@ -66,37 +65,24 @@ def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
         fields = {"s3blockfs": 1, "state": state, "nonce": runtime.token(8).hex()}
         return store.put(key, json.dumps(fields).encode() + b"\n", site=site, **condition)
 
-    def refused(site: str, **condition: Any) -> bool:
-        try:
-            put(site, PROBING, **condition)
-        except PreconditionFailed:
-            return True
-        return False
-
     try:
         found = store.get(key, site="probe.get")
-    except ObjectNotFound:
+    except errors.ObjectNotFound:
         etag = put("probe.create", PROBING, if_absent=True)
     else:
-        if _is_safe(found.body):
+        if f'"state": "{SAFE}"'.encode() in found.body:  # anything else, rubbish included, is probed and so replaced
             return None
         etag = found.etag
-    if not refused("probe.again", if_absent=True):
+    with suppress(errors.PreconditionFailed):
+        put("probe.again", PROBING, if_absent=True)
         return "this store ignores If-None-Match"
-    if not refused("probe.wrong", if_match=f'"{runtime.token(16).hex()}"'):
+    with suppress(errors.PreconditionFailed):
+        put("probe.wrong", PROBING, if_match=f'"{runtime.token(16).hex()}"')
         return "this store ignores If-Match"
     try:
         put("probe.right", SAFE, if_match=etag)
-    except PreconditionFailed:
+    except errors.PreconditionFailed:
         if store.get(key, site="probe.get").etag == etag:
             return "this store refuses If-Match also with the right ETag"
         raise
     return None
-
-
-def _is_safe(body: bytes) -> bool:
-    """Anything but a finished result, rubbish included, is probed (and thereby replaced)."""
-    try:
-        return bool(json.loads(body)["state"] == SAFE)
-    except (ValueError, TypeError, LookupError):  # ValueError: also bytes that are no text
-        return False

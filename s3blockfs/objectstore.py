@@ -66,6 +66,10 @@ class ObjectStore(Protocol):
         match, ObjectNotFound (S3) or PreconditionFailed (SeaweedFS); RequestInDoubt when it may or may not apply;
         anything else: it was not applied."""
 
+    def copy(self, source: str, target: str, *, site: str) -> None:
+        """Copy inside the bucket without downloading, to a key that is used once, so it is retried; up to 5 GB.
+        Raises ObjectNotFound when there is no `source`."""
+
     def delete(self, keys: Sequence[str], *, site: str) -> None:
         """Delete these keys; a missing one is no error. Any number of keys."""
 

@@ -153,6 +153,9 @@ class FaultyStore:
             self.swaps.append(body)
         return self._run(call, lambda: self.inner.put(key, body, site=site, if_match=if_match, if_absent=if_absent))
 
+    def copy(self, source: str, target: str, *, site: str) -> None:
+        self._run(Call("COPY", site, target, False), lambda: self.inner.copy(source, target, site=site))
+
     def delete(self, keys: Sequence[str], *, site: str, timeout_s: float | None = None) -> None:
         self._run(Call("DELETE", site, ",".join(keys), False), lambda: self.inner.delete(keys, site=site))
 

@@ -56,6 +56,9 @@ class MemoryStore:
             raise PreconditionFailed(f"{self.name}/{key}: changed")
         return found
 
+    def copy(self, source: str, target: str, **_: Any) -> None:
+        self.put(target, self.get(source).body)
+
     def delete(self, keys: Sequence[str], **_: Any) -> None:
         with self._lock:
             for key in keys:

@@ -355,3 +355,27 @@ def test_server_time_goes_on_without_requests(store: ObjectStore, prefix: str) -
     time.sleep(0.2)
     passed = store.server_time_s() - before
     assert 0.2 <= passed <= time.monotonic() - began + 0.01
+
+
+@pytest.mark.parametrize("name", ["k", *ODD_NAMES])
+def test_copy(store: ObjectStore, prefix: str, name: str) -> None:
+    body = bytes(range(256)) * 20_000
+    source, target = prefix + name, f"{prefix}copies/{name}"
+    store.put(source, body, site="test")
+    store.copy(source, target, site="test")
+    store.copy(source, target, site="test")  # a repetition changes nothing
+    assert store.get(source, site="test").body == store.get(target, site="test").body == body
+    store.delete([source], site="test")
+    assert store.get(target, site="test", start=5, length=5).body == body[5:10]
+
+
+def test_copy_of_an_empty_object(store: ObjectStore, prefix: str) -> None:
+    store.put(prefix + "k", b"", site="test")
+    store.copy(prefix + "k", prefix + "copy", site="test")
+    assert store.get(prefix + "copy", site="test").body == b""
+
+
+def test_copy_of_a_missing_key(store: ObjectStore, prefix: str) -> None:
+    with pytest.raises(ObjectNotFound, match="missing"):
+        store.copy(prefix + "missing", prefix + "copy", site="test")
+    assert list(store.list(prefix, site="test")) == []
