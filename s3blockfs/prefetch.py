@@ -17,10 +17,7 @@ class Readahead:
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._window = 0
-        self._expected = 0
-        self._fetched_to = 0
-        self._hits = 0
+        self._window = self._expected = self._fetched_to = self._hits = 0
 
     def next_range(self, offset: int, length: int, size: int) -> tuple[int, int] | None:
         """(start, end) to fetch ahead after this read of a file of `size` bytes, or None."""
@@ -30,13 +27,10 @@ class Readahead:
             return None
         if end <= self._expected:
             return None  # a page read again, or backwards, or late: nothing ahead of it is asked for on its account
-        self._expected = end
-        self._hits += 1
-        if self._hits < 3:  # two neighbouring reads happen by chance in any B-tree
-            self._fetched_to = max(self._fetched_to, end)
-            return None
-        start = max(self._fetched_to, end)
-        if start - end > self._window // 2 or start >= size:
+        self._expected, self._hits = end, self._hits + 1
+        start = self._fetched_to = max(self._fetched_to, end)
+        # Two neighbouring reads happen by chance in any B-tree; half a window ahead is enough.
+        if self._hits < 3 or start - end > self._window // 2:
             return None
         self._window = min(self._limit, max(FIRST_WINDOW_BYTES, self._window * 2))
         stop = end + self._window

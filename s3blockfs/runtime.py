@@ -4,14 +4,18 @@ This is the only module that may touch `time`, `os.urandom` or start threads for
 globals elsewhere). Wall clocks are not offered at all: time stamps come from the store (`ObjectStore.server_time_s`).
 """
 
+import logging
 import os
 import random
+import sched
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 #: Threads that wait for S3. boto3 needs about 1 ms of the GIL for a request, so more of them add nothing.
 IO_THREADS = 32
@@ -20,12 +24,16 @@ IO_THREADS = 32
 class Runtime:
     """The real machine; tests and simulations bring another one with the same methods.
 
-    Threads start at the first `submit`, so building one before a fork is harmless.
+    Threads start when they are first needed, so building one before a fork is harmless.
     """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="s3blockfs-io")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="s3blockfs-background")
         self._jitter = random.Random()
+        self._agenda = sched.scheduler(self.monotonic)
+        self._ticker = threading.Thread(target=self._tick, name="s3blockfs-ticker", daemon=True)
+        self._starting, self._wake, self._closing = threading.Lock(), threading.Event(), False
 
     def monotonic(self) -> float:
         """Seconds on a clock that never jumps and counts suspended time."""
@@ -46,6 +54,41 @@ class Runtime:
         """Run `function` on an I/O thread; it must not wait for another one. RuntimeError when none can be started."""
         return self._executor.submit(function)
 
+    def background(self, function: Callable[[], T]) -> Future[T]:
+        """Run a long job on the one thread for such; it may wait for what it submits. RuntimeError as above."""
+        return self._background.submit(function)
+
+    def every(self, seconds: float, function: Callable[[], object]) -> Callable[[], None]:
+        """Call `function` at this interval until the callable returned is called, which does not wait for a call under
+        way. All share one thread: be quick, and leave work to `background`. What is raised is logged."""
+        stopped = threading.Event()
+
+        def call() -> None:
+            if stopped.is_set():
+                return
+            try:
+                function()
+            except Exception:
+                log.exception("%r failed; it is called again in %g s", function, seconds)
+            self._agenda.enter(seconds, 0, call)
+
+        self._agenda.enter(seconds, 0, call)
+        with self._starting:
+            if not self._ticker.is_alive():
+                self._ticker.start()
+        self._wake.set()
+        return stopped.set
+
+    def _tick(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._agenda.run(blocking=False))
+            self._wake.clear()
+
     def close(self) -> None:
-        """Wait for what was submitted and end the threads."""
+        """End all threads; what was submitted is finished first, background jobs that have not begun are dropped."""
+        self._closing = True
+        self._wake.set()
+        if self._ticker.is_alive():
+            self._ticker.join()
+        self._background.shutdown(wait=True, cancel_futures=True)
         self._executor.shutdown(wait=True)

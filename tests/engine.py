@@ -36,6 +36,7 @@ class ManualRuntime:
         self._now = 1000.0
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(4)
+        self._ticking: dict[object, Callable[[], object]] = {}
 
     def monotonic(self) -> float:
         return self._now
@@ -53,6 +54,24 @@ class ManualRuntime:
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         return self._executor.submit(function)
+
+    def background(self, function: Callable[[], T]) -> Future[T]:
+        return self.submit(function)
+
+    def every(self, seconds: float, function: Callable[[], object]) -> Callable[[], None]:
+        """Only recorded: `tick` calls it."""
+        call = object()
+        self._ticking[call] = function
+
+        def stop() -> None:
+            self._ticking.pop(call, None)
+
+        return stop
+
+    def tick(self) -> None:
+        """Call everything that is to be called periodically, once; what it raises is raised."""
+        for function in list(self._ticking.values()):
+            function()
 
     def close(self) -> None:
         self._executor.shutdown()
