@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import boto3
+import botocore.session
 import pytest
+from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.stub import Stubber
 from proxy import Fault, FaultProxy
 from servers import BUCKET, SECRET, connect, without_aws
 
-from s3blockfs.errors import AccessDenied, BucketNotFound, StoreError, StoreRefused
+from s3blockfs.embedded import Endpoint
+from s3blockfs.errors import AccessDenied, BucketNotFound, StoreError, StoreRefused, StoreUnavailable
 from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
@@ -31,6 +38,7 @@ def store(proxy: FaultProxy, seaweed_endpoint: Any) -> Iterator[S3Store]:
         ("http://127.0.0.1:9", None, "http://127.0.0.1:9/some-bucket/k"),
         (None, "http://127.0.0.1:9", "http://127.0.0.1:9/some-bucket/k"),
         (None, None, "https://some-bucket.s3.amazonaws.com/k"),
+        ("https://s3.amazonaws.com", None, "https://some-bucket.s3.amazonaws.com/k"),
     ],
 )
 def test_addressing(monkeypatch: pytest.MonkeyPatch, argument: str | None, variable: str | None, expected: str) -> None:
@@ -39,8 +47,7 @@ def test_addressing(monkeypatch: pytest.MonkeyPatch, argument: str | None, varia
     if variable:
         monkeypatch.setenv("AWS_ENDPOINT_URL", variable)
     store = S3Store("some-bucket", runtime=Runtime(), endpoint_url=argument, access_key="K", secret_key=SECRET)
-    url = store._client.generate_presigned_url("get_object", Params={"Bucket": "some-bucket", "Key": "k"})
-    assert url.partition("?")[0] == expected
+    assert url_of(store) == expected
     store.close()
 
 
@@ -161,3 +168,111 @@ def test_a_list_that_does_not_advance(stubbed: tuple[S3Store, Stubber]) -> None:
         stubber.add_response("list_objects_v2", {"IsTruncated": True, "NextContinuationToken": "same"})
     with pytest.raises(StoreRefused, match="does not advance"):
         list(store.list("p", site="test"))
+
+
+# --- the bucket of a boto3 resource ---------------------------------------------------------------------
+
+
+class Rotating:
+    """Hands out temporary credentials that are always about to end."""
+
+    def __init__(self, endpoint: Any, right: bool = True) -> None:
+        self.endpoint, self.right, self.calls = endpoint, right, 0
+
+    def __call__(self) -> dict[str, str]:
+        self.calls += 1
+        ends = datetime.now(timezone.utc) + timedelta(seconds=60)
+        secret = self.endpoint.secret_key if self.right else SECRET
+        return {
+            "access_key": self.endpoint.access_key,
+            "secret_key": secret,
+            "token": "",
+            "expiry_time": ends.isoformat(),
+        }
+
+
+def resource(url: str | None, endpoint: Any, session: Any = None, **options: Any) -> Any:
+    session = session or boto3.Session(endpoint.access_key, endpoint.secret_key, region_name="eu-west-1")
+    return session.resource("s3", endpoint_url=url, **options)
+
+
+def test_a_store_like_a_bucket(proxy: FaultProxy, seaweed_endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Endpoint, region and keys are those of the resource, whatever the environment says; the rest is ours."""
+    without_aws(monkeypatch).setenv("AWS_ACCESS_KEY_ID", "INTRUDER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "intruder")
+    bucket = resource(proxy.url, seaweed_endpoint).Bucket(f"like-{uuid.uuid4().hex[:8]}")
+    bucket.create()
+    with closing(S3Store.from_bucket(bucket, runtime=Runtime(), request_deadline_s=2.5)) as store:
+        assert store.name == f"s3://{bucket.name}"
+        proxy.reset()
+        etag = store.put("k", b"mine", site="test", if_absent=True)
+        assert [request.headers["amz-sdk-request"] for request in proxy.requests] == ["attempt=1; max=1"]
+        assert "/eu-west-1/s3/" in proxy.requests[0].headers["authorization"]
+        assert "expect" not in proxy.requests[0].headers
+        assert store.get("k", site="test", if_match=etag).body == bucket.Object("k").get()["Body"].read() == b"mine"
+        proxy.rule = lambda request: Fault(hang_s=60)
+        with pytest.raises(StoreUnavailable, match=r"in 2\.5 s"):
+            store.get("k", site="test")
+        proxy.rule = None
+        store.delete(["k"], site="test")
+    bucket.delete()
+
+
+def test_credentials_of_a_bucket_may_change(proxy: FaultProxy, seaweed_endpoint: Any) -> None:
+    """They are asked for anew with each request, and refreshed by the chain that the resource came with."""
+    source = Rotating(seaweed_endpoint)
+    session = botocore.session.Session()
+    session._credentials = RefreshableCredentials.create_from_metadata(source(), source, "test")  # type: ignore[attr-defined]
+    bucket = resource(proxy.url, seaweed_endpoint, boto3.Session(botocore_session=session)).Bucket(BUCKET)
+    with closing(S3Store.from_bucket(bucket, runtime=Runtime())) as store:
+        store.create_bucket()
+        before = source.calls
+        store.put("k", b"x", site="test")
+        assert source.calls > before
+        source.right = False
+        with pytest.raises(AccessDenied):
+            store.put("k", b"x", site="test")
+
+
+def test_tls_proxy_and_addressing_settings_of_a_bucket_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_aws(monkeypatch)
+    endpoint = Endpoint("", "KEY", SECRET)
+    config = Config(proxies={"https": "http://127.0.0.1:9"}, s3={"addressing_style": "virtual"})
+    bucket = resource("https://s3.example.org", endpoint, verify=False, config=config).Bucket("some-bucket")
+    with closing(S3Store.from_bucket(bucket, runtime=Runtime())) as store:
+        assert store._client._endpoint.http_session._verify is False
+        assert store._client.meta.config.proxies == {"https": "http://127.0.0.1:9"}
+        assert url_of(store) == "https://some-bucket.s3.example.org/k"
+    with closing(S3Store.from_bucket(resource(None, endpoint).Bucket("some-bucket"), runtime=Runtime())) as store:
+        assert url_of(store) == "https://some-bucket.s3.eu-west-1.amazonaws.com/k"
+    with closing(S3Store.from_bucket(resource(None, endpoint).Bucket("a.dotted.one"), runtime=Runtime())) as store:
+        assert url_of(store) == "https://s3.eu-west-1.amazonaws.com/a.dotted.one/k"
+
+
+def url_of(store: S3Store) -> str:
+    """Where an object would be asked for."""
+    url: str = store._client.generate_presigned_url("get_object", Params={"Bucket": store.bucket, "Key": "k"})
+    return url.partition("?")[0]
+
+
+# --- server-side copies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=True), Fault(cut=True, apply=True)])
+def test_a_copy_is_retried(store: S3Store, proxy: FaultProxy, fault: Fault) -> None:
+    store.create_bucket()
+    source = f"tests/{uuid.uuid4().hex}"
+    store.put(source, b"body", site="test")
+    proxy.reset()
+    faults = [fault, fault]
+    proxy.rule = lambda request: faults.pop() if faults else None
+    store.copy(source, source + "-copy", site="test")
+    assert [request.method for request in proxy.requests] == ["PUT"] * 3
+    assert store.get(source + "-copy", site="test").body == b"body"
+
+
+def test_a_copy_that_fails_names_its_source(stubbed: tuple[S3Store, Stubber]) -> None:
+    store, stubber = stubbed
+    stubber.add_client_error("copy_object", "AccessDenied", http_status_code=403)
+    with pytest.raises(AccessDenied, match=f"s3://{BUCKET}/source: "):
+        store.copy("source", "target", site="test")
