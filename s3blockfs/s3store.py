@@ -57,17 +57,13 @@ _DENIED = "access denied; check credentials and policy (without s3:ListBucket, S
 _TOKENS = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 #: What a failed attempt is: an exception, and in words what happened and what to do about it. RequestInDoubt and
 #: StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied. The first hit counts
-#: among the SDK's exception and its bases, or an answer's code, status and class. With 400 S3 says ExpiredToken,
-#: RequestTimeout (a body that came too slowly), BadDigest (it has thrown the body away).
+#: among the SDK's exception and its bases, or an answer's code, status and class. S3 says 400 to an ExpiredToken, to a
+#: body that came too slowly (RequestTimeout) or damaged (BadDigest: it was thrown away, so it may be sent again).
 _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
     word: (kind, text)
     for kind, text, words in (
         (errors.StoreUnavailable, "cannot connect; check the network and the endpoint", _NOT_SENT),
-        (
-            errors.AccessDenied,
-            "no credentials; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or a profile",
-            _NO_CREDENTIALS,
-        ),
+        (errors.AccessDenied, "no credentials; set AWS_ACCESS_KEY_ID and its secret, or a profile", _NO_CREDENTIALS),
         (errors.StoreRefused, "the SDK refuses this name; check bucket and key", (sdk.ParamValidationError,)),
         (errors.RequestInDoubt, "sent, but not answered in full; check the network and the endpoint", (Exception,)),
         (errors.AccessDenied, _DENIED, ("401", "403", *_TOKENS)),
@@ -78,8 +74,12 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.StoreUnavailable, "damaged on its way; check the network", ("BadDigest", "XAmzContentSHA256Mismatch")),
         (errors.RequestInDoubt, "the store failed; try again later", ("408", "409", "429", "2xx", "5xx")),
         (errors.RequestInDoubt, "the store is busy; try again later", ("RequestTimeout", "SlowDown", "Throttling")),
-        (errors.StoreRefused, "choose another bucket name", ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")),
-        (errors.StoreRefused, "choose another bucket name", ("InvalidBucketName",)),
+        (
+            errors.StoreRefused,
+            "refused; choose another bucket name",
+            ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"),
+        ),
+        (errors.StoreRefused, "refused; choose another bucket name", ("InvalidBucketName",)),
         (errors.StoreRefused, "archived by a lifecycle rule; restore it and remove the rule", ("InvalidObjectState",)),
         (errors.StoreRefused, "not a feature of this store; run `s3blockfs doctor`", ("NotImplemented",)),
         (errors.StoreRefused, "refused; check the region", ("AuthorizationHeaderMalformed",)),
@@ -146,7 +146,9 @@ class S3Store:
             options = {"endpoint_url": endpoint_url, "config": base.merge(config), "verify": verify, **keys}
             self._client = session.create_client("s3", region, **options)
         except (sdk.BotoCoreError, ValueError) as error:
-            text = f"{self.name}: cannot set up S3 ({_reason(error)}); check endpoint URL, region, profile and keys"
+            text = (
+                f"{self.name}: cannot set up S3 ({type(error).__name__}); check endpoint URL, region, profile and keys"
+            )
             raise errors.UsageError(text) from error
         events = self._client.meta.events
         # Each PUT would otherwise wait one round trip for "100 Continue". Undocumented: tests/test_s3store.py looks at
@@ -274,15 +276,11 @@ class S3Store:
         A setting that the store does not have counts as unset; one that may not be read is a finding."""
         found: list[str] = []
         settings: dict[str, Any] = {}
-        for operation in (
-            "get_bucket_lifecycle_configuration",
-            "get_bucket_versioning",
-            "get_object_lock_configuration",
-        ):
+        for setting in ("bucket_lifecycle_configuration", "bucket_versioning", "object_lock_configuration"):
             try:
-                settings |= self._call("", operation, operation)
+                settings |= self._call("", setting, f"get_{setting}")
             except errors.AccessDenied:
-                found.append(f"not allowed to {operation.replace('_', ' ')}: allow it, or check this by hand")
+                found.append(f"not allowed to get {setting.replace('_', ' ')}: allow it, or check this by hand")
             except (errors.StoreRefused, errors.ObjectNotFound):  # unset, or not implemented
                 pass
         rules = [r for r in settings.get("Rules", []) if r.get("Status") == "Enabled" and _applies(r, prefix)]
@@ -314,8 +312,8 @@ class S3Store:
             try:
                 return attempt()
             except _FAILURES as error:
-                where = f"{self.name}/{key}: {_reason(error)}"
-                kind, text = _meaning(error)
+                kind, text, reason = _explain(error)
+                where = f"{self.name}/{key}: {reason}"
                 if once or kind not in (errors.RequestInDoubt, errors.StoreUnavailable):
                     raise kind(f"{where}: {text}") from error
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
@@ -376,20 +374,16 @@ class _Upload(io.BytesIO):
         return super().read(PIECE)
 
 
-def _meaning(error: Exception) -> tuple[type[errors.StoreError], str]:
+def _explain(error: Exception) -> tuple[type[errors.StoreError], str, str]:
+    """The exception to raise, its text, and a short reason for it: never the SDK's own text, which may hold URLs, nor
+    the store's, which may hold anything."""
+    reason = type(error).__name__
     words: Sequence[object] = type(error).__mro__
     if isinstance(error, sdk.ClientError):
         status, code = _answer(error)
+        reason = f"HTTP {status} {code}".removesuffix(f" {status}").rstrip()
         words = code, str(status), f"{status // 100}xx"
-    return next(_MEANINGS[word] for word in words if word in _MEANINGS)
-
-
-def _reason(error: Exception) -> str:
-    """For messages: never the SDK's own text, which may hold URLs, nor the store's, which may hold anything."""
-    if not isinstance(error, sdk.ClientError):
-        return type(error).__name__
-    status, code = _answer(error)
-    return f"HTTP {status} {code}".removesuffix(f" {status}").rstrip()
+    return *next(_MEANINGS[word] for word in words if word in _MEANINGS), reason
 
 
 def _word(text: str | None) -> str:
