@@ -54,7 +54,8 @@ _NO_CREDENTIALS = (
 )
 
 _DENIED = "access denied; check credentials and policy (without s3:ListBucket, S3 says this for a missing key, too)"
-_TOKENS = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+_BAD_NAME = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou", "InvalidBucketName")
+_BAD_TOKEN = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 #: What a failed attempt is: an exception, and in words what happened and what to do about it. RequestInDoubt and
 #: StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied. The first hit counts
 #: among the SDK's exception and its bases, or an answer's code, status and class. S3 says 400 to an ExpiredToken, to a
@@ -66,7 +67,7 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.AccessDenied, "no credentials; set AWS_ACCESS_KEY_ID and its secret, or a profile", _NO_CREDENTIALS),
         (errors.StoreRefused, "the SDK refuses this name; check bucket and key", (sdk.ParamValidationError,)),
         (errors.RequestInDoubt, "sent, but not answered in full; check the network and the endpoint", (Exception,)),
-        (errors.AccessDenied, _DENIED, ("401", "403", *_TOKENS)),
+        (errors.AccessDenied, _DENIED, ("401", "403", *_BAD_TOKEN)),
         (errors.AccessDenied, "access denied; set the clock of this machine", ("RequestTimeTooSkewed",)),
         (errors.BucketNotFound, "no such bucket; create it or check its name", ("NoSuchBucket",)),
         (errors.ObjectNotFound, "no such object; check the name", ("NoSuchKey",)),
@@ -74,12 +75,7 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.StoreUnavailable, "damaged on its way; check the network", ("BadDigest", "XAmzContentSHA256Mismatch")),
         (errors.RequestInDoubt, "the store failed; try again later", ("408", "409", "429", "2xx", "5xx")),
         (errors.RequestInDoubt, "the store is busy; try again later", ("RequestTimeout", "SlowDown", "Throttling")),
-        (
-            errors.StoreRefused,
-            "refused; choose another bucket name",
-            ("BucketAlreadyExists", "BucketAlreadyOwnedByYou"),
-        ),
-        (errors.StoreRefused, "refused; choose another bucket name", ("InvalidBucketName",)),
+        (errors.StoreRefused, "refused; choose another bucket name", _BAD_NAME),
         (errors.StoreRefused, "archived by a lifecycle rule; restore it and remove the rule", ("InvalidObjectState",)),
         (errors.StoreRefused, "not a feature of this store; run `s3blockfs doctor`", ("NotImplemented",)),
         (errors.StoreRefused, "refused; check the region", ("AuthorizationHeaderMalformed",)),
