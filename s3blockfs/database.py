@@ -157,7 +157,7 @@ class Database(State):
             if view.uploads is None:
                 return  # what was beyond the end was all there was
             self.publishing = True
-            published = self._publisher.publish(view)
+            version, snapshot, counter_set = self._publisher.publish(view)
         except Unsettled as error:
             self._doubts(error)
             raise
@@ -167,10 +167,10 @@ class Database(State):
             raise
         finally:
             self.publishing = False
-        newest = published.version.etag != SUPERSEDED
+        newest = version.etag != SUPERSEDED
         self.checked_s = self._source.runtime.monotonic() if newest else float("-inf")
-        self._adopt(published.version, published.snapshot)
-        self._moved |= published.counter_set or published.snapshot is None
+        self._adopt(version, snapshot)
+        self._moved |= counter_set or snapshot is None
 
     def _was_rolled_back(self, journal: SideFile) -> bool:
         """Whether SQLite just put back what is committed. Judged from the journal's page images, not by GETs."""
