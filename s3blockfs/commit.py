@@ -102,18 +102,14 @@ class Publisher:
             return made
 
         version = self._heads.swap(base.version, make, commit=True)
-        head = version.head
+        head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
         if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
                 self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq and not head.deleted:
             # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
             version = Version(made, SUPERSEDED, encode(made))
-        elif (head.extents, head.leaves, head.segments) != (
-            made.extents,
-            made.leaves,
-            (*base.head.segments, *segments),
-        ):
+        elif (head.extents, head.leaves, head.segments) != expected:
             return version, None, counter_set
         return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
 

@@ -323,6 +323,10 @@ class Database(State):
         if version.head.deleted:
             self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
             raise DatabaseGone(self._gone)
+        shown = self._view.snapshot
+        if (version.head.id, version.head.commit) == (shown.head.id, shown.head.commit):
+            self._adopt(version, shown.with_version(version))  # a lease, a floor, a fold: the same bytes
+            return
         self._adopt(version, Snapshot.load(self._source, version))
         self._moved = True
         if self._journal_is_hot() and not self.locks.writers():  # its images would undo the commits of others
