@@ -23,7 +23,7 @@ from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.dirty import spill_folder
-from s3blockfs.errors import DamagedObject, DatabaseExists, DatabaseNotFound, NewerFormat, ReadOnly
+from s3blockfs.errors import DamagedObject, DatabaseExists, DatabaseGone, DatabaseNotFound, NewerFormat, ReadOnly
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
@@ -242,18 +242,19 @@ class Catalog:
         version = heads.read()
         if version is None or version.head.deleted:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
-        database_id = version.head.id
 
         def tombstone(replaced: Head) -> Head:
-            if replaced.deleted or replaced.id != database_id:
-                raise DatabaseNotFound(f"{self._label(path)}: was deleted or replaced by somebody else")
             empty = replace(replaced, size=0, segments=(), leaves=(), extents=(), tail=Tail(), lease=None, name=None)
             time_ms = int(self._store.server_time_s() * 1000)
             return replace(empty, deleted=True, floor=replaced.rev, writer=self._writer, time_ms=time_ms)
 
         folder, _, name = entry.prefix.rpartition("/")
         self._store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
-        self._remember(entry.prefix, heads.swap(version, tombstone, archives=True), self._runtime.monotonic())
+        try:
+            version = heads.swap(version, tombstone, archives=True)
+        except DatabaseGone as error:
+            raise DatabaseNotFound(str(error)) from error
+        self._remember(entry.prefix, version, self._runtime.monotonic())
         with self._lock:
             held = self._open.get(entry.prefix)
             idle = self._idle.pop(entry.prefix, None)

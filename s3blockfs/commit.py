@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 from s3blockfs import header
 from s3blockfs.blockmap import BlockMap, EncodedMap
@@ -23,8 +22,8 @@ from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_p
 from s3blockfs.format.head import Head, Segment, encode
 from s3blockfs.format.tail import LogCommit, Tail, split_chunks
 from s3blockfs.head import HeadFile
-from s3blockfs.snapshot import Piece, Snapshot, Source, Version, tail_pieces
-from s3blockfs.uploads import Uploads, build_segment
+from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_pieces
+from s3blockfs.uploads import Uploads, build_segment, upload_map
 from s3blockfs.view import View
 
 #: A commit with more bytes than this does not go into the tail: it would be uploaded again with every later commit.
@@ -41,23 +40,6 @@ ROLL_COMMITS = 1024
 SUPERSEDED = '"superseded"'
 
 
-class Published(NamedTuple):
-    """A commit that is durable."""
-
-    version: Version
-    snapshot: Snapshot | None
-    """The state after it; None when others committed meanwhile and `version` has to be loaded."""
-    counter_set: bool
-    """Whether readers are shown another header than the application wrote (counter, or WAL as rollback mode)."""
-
-
-class _Rolled(NamedTuple):
-    """A segment that holds the commits of these records, waiting to ride on the next head."""
-
-    segment: Segment
-    records: tuple[Commit, ...]
-
-
 class Publisher:
     """Publishes the transactions of one database."""
 
@@ -66,28 +48,31 @@ class Publisher:
         self._heads = heads
         self._config = config
         self._writer = writer
-        self._rolling: Future[_Rolled] | None = None
+        self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
+        """A segment that holds the commits of these records, waiting to ride on the next head."""
 
     def uploads(self, base: Snapshot) -> Uploads:
         """For a transaction that starts on `base`."""
-        return Uploads(self._source, self._config, base.head)
+        return Uploads(self._source, self._config, base.head, base.head.seq + 1)
 
-    def publish(self, view: View) -> Published:
-        """Make what is dirty the next state; the caller moves the view. Raises CommitLost, DatabaseGone, StoreError
-        (nothing was published) or Unsettled (not known)."""
+    def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:
+        """Make what is dirty the next state; the caller moves the view. Returns the head that holds it; the state after
+        it, None when that has to be loaded; whether readers are shown another header than the application wrote
+        (counter, or WAL as rollback mode). Raises CommitLost, DatabaseGone, StoreError (nothing was published) or
+        Unsettled (not known)."""
         source = self._source
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
         assert uploads is not None
-        chunks, segments, pieces = _upload(base, dirty, uploads)
+        chunks, segments = _upload(base, dirty, uploads)
+        pieces = [p for s in segments for p in segment_pieces(s.ref, source.load_index(s).extents)]
         extents = uploads.extents()
         refs = [extent.ref for extent in extents] + [segment.ref for segment in segments]
         seq, commit_id = base.head.seq + 1, source.runtime.token(COMMIT_ID_BYTES)
         time_ms = int(source.store.server_time_s() * 1000)
-        record = Commit(seq, commit_id, time_ms, dirty.size, min(dirty.cut, dirty.size))
-        logged = LogCommit(record, chunks)
-        encoded: EncodedMap | None = None
-        made: Head | None = None
+        logged = LogCommit(Commit(seq, commit_id, time_ms, dirty.size, min(dirty.cut, dirty.size)), chunks)
+        made: Head
+        encoded: EncodedMap
         uploads.wait()
 
         def make(replaced: Head) -> Head:
@@ -96,13 +81,11 @@ class Publisher:
                 # A collector may take them for garbage by now, and no head may refer to that (invariant I5).
                 label = source.name_of(source.prefix)
                 raise StoreUnavailable(f"{label}: took longer than the retention; nothing was committed, run it again")
-            tail, held = self._rolled_tail(replaced)
+            tail, held = self._rolled(replaced)
             block_map = base.map
             if (replaced.extents, replaced.leaves) != (base.head.extents, base.head.leaves):
                 block_map = BlockMap.of(replaced.extents, replaced.leaves, source.load_leaf)
-            encoded = block_map.replace(extents).encode(replaced.rev, self._heads.nonce)
-            for leaf, body in encoded.uploads:
-                source.store.put(leaf.key(source.prefix), body, site="map")
+            encoded = upload_map(source, block_map.replace(extents), replaced.rev)
             made = replace(
                 replaced,
                 seq=seq,
@@ -118,47 +101,35 @@ class Publisher:
             )
             return made
 
-        version = self._heads.swap(base.version, make, commit=commit_id)
-        self._start_roll(version.head)
-        assert encoded is not None and made is not None
-        head = version.head
+        version = self._heads.swap(base.version, make, commit=True)
+        head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
+        if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
+            with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
+                self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq and not head.deleted:
             # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
             version = Version(made, SUPERSEDED, encode(made))
-        elif (head.extents, head.leaves, head.segments) != (
-            made.extents,
-            made.leaves,
-            (*base.head.segments, *segments),
-        ):
-            return Published(version, None, counter_set)
-        snapshot = base.advance(version, record, [*pieces, *tail_pieces(logged)], encoded.map)
-        return Published(version, snapshot, counter_set)
+        elif (head.extents, head.leaves, head.segments) != expected:
+            return version, None, counter_set
+        return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
 
-    def _rolled_tail(self, replaced: Head) -> tuple[Tail, tuple[Segment, ...]]:
-        """The tail and segments for a head that replaces this one, with a finished roll taken in."""
-        rolled = self._finished_roll(replaced)
-        if rolled is not None and rolled.segment.ref.rev > replaced.floor:
-            start = tuple(commit.record for commit in replaced.tail.commits[: len(rolled.records)])
-            if start == rolled.records:
-                return replaced.tail.after(start[-1].seq), (*replaced.segments, rolled.segment)
-        return replaced.tail, replaced.segments
-
-    def _finished_roll(self, replaced: Head) -> _Rolled | None:
-        """None when there is none; a commit on a full tail waits for one."""
+    def _rolled(self, replaced: Head) -> tuple[Tail, tuple[Segment, ...]]:
+        """The tail and segments for a head that replaces this one: with a finished roll taken in if it still fits. A
+        commit on a full tail waits for one."""
         must = _is_beyond(replaced.tail, FULL_TAIL_BYTES, 2)
-        rolling = self._rolling
+        rolling, rolled = self._rolling, None
         if rolling is not None and (must or rolling.done()):
             self._rolling = None
-            if rolling.exception() is None:
-                return rolling.result()
-        return self._roll(replaced) if must else None
+            rolled = None if rolling.exception() else rolling.result()
+        if rolled is None and must:
+            rolled = self._roll(replaced)
+        if rolled is not None and rolled[0].ref.rev > replaced.floor:
+            segment, records = rolled
+            if tuple(commit.record for commit in replaced.tail.commits[: len(records)]) == records:
+                return replaced.tail.after(records[-1].seq), (*replaced.segments, segment)
+        return replaced.tail, replaced.segments
 
-    def _start_roll(self, head: Head) -> None:
-        if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
-            with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
-                self._rolling = self._source.runtime.submit(partial(self._roll, head))
-
-    def _roll(self, head: Head) -> _Rolled:
+    def _roll(self, head: Head) -> tuple[Segment, tuple[Commit, ...]]:
         """Upload the commits of the tail as one segment: each stays separate, so every one can still be opened."""
         records = tuple(commit.record for commit in head.tail.commits)
         frames = [
@@ -170,7 +141,7 @@ class Publisher:
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
         for entry, (_, _, data) in zip(built.entries, frames, strict=True):
             self._source.cache.put(self._source.prefix, entry.address(segment.ref), data)
-        return _Rolled(segment, records)
+        return segment, records
 
 
 def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
@@ -192,37 +163,31 @@ def _joined(chunks: Iterable[tuple[int, bytes]], block_size: int) -> list[tuple[
     return [(offset, bytes(data)) for offset, data in rows]
 
 
-def _upload(
-    base: Snapshot, dirty: Dirty, uploads: Uploads
-) -> tuple[tuple[tuple[int, bytes], ...], list[Segment], list[Piece]]:
-    """Start the uploads of a large commit. Returns (chunks for the tail, segments, their pieces)."""
-    uploads.settle()
+def _upload(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[tuple[tuple[int, bytes], ...], list[Segment]]:
+    """Start the uploads of a large commit. Returns (chunks for the tail, segments)."""
+    uploads.wait()  # for what was streamed ahead
     block_size = base.head.block_size
-    uploads.forget(-(-dirty.size // block_size), 1 << 62)
-    whole = _whole_runs(dirty, block_size) if dirty.bytes > SMALL_COMMIT_BYTES else set()
+    whole = _whole_runs(dirty, block_size) if dirty.held_bytes > SMALL_COMMIT_BYTES else set()
     for number in uploads.blocks.keys() - whole:
         uploads.forget(number, number + 1)
     todo = sorted(whole - uploads.blocks.keys())
     per_object = slots_per_object(block_size)
     for start in range(0, len(todo), per_object):
-        uploads.put_blocks(dirty, todo[start : start + per_object])
+        uploads.put_blocks([(number, dirty.block(number)) for number in todo[start : start + per_object]])
     others = [number for number in dirty.blocks() if number not in whole]
     rest = [part for n in others for part in dirty.ranges(n * block_size, (n + 1) * block_size)]
     if sum(high - low for low, high in rest) <= SMALL_COMMIT_BYTES:
-        chunks = [chunk for low, high in rest for chunk in split_chunks(low, dirty.read(low, high), block_size)]
-        return tuple(chunks), [], []
-    segments, pieces = [], []
+        return tuple(c for low, high in rest for c in split_chunks(low, dirty.read(low, high), block_size)), []
+    segments = []
     frames: list[tuple[int, bytes]] = []
     size = 0
     for low, high in rest:
         frames.append((low, dirty.read(low, high)))
         size += high - low
         if size >= OBJECT_BYTES or (low, high) == rest[-1]:
-            segment, of_segment = uploads.put_segment(frames)
-            segments.append(segment)
-            pieces += of_segment
+            segments.append(uploads.put_segment(frames))
             frames, size = [], 0
-    return (), segments, pieces
+    return (), segments
 
 
 def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:

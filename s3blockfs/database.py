@@ -157,7 +157,7 @@ class Database(State):
             if view.uploads is None:
                 return  # what was beyond the end was all there was
             self.publishing = True
-            published = self._publisher.publish(view)
+            version, snapshot, counter_set = self._publisher.publish(view)
         except Unsettled as error:
             self._doubts(error)
             raise
@@ -167,10 +167,10 @@ class Database(State):
             raise
         finally:
             self.publishing = False
-        newest = published.version.etag != SUPERSEDED
+        newest = version.etag != SUPERSEDED
         self.checked_s = self._source.runtime.monotonic() if newest else float("-inf")
-        self._adopt(published.version, published.snapshot)
-        self._moved |= published.counter_set or published.snapshot is None
+        self._adopt(version, snapshot)
+        self._moved |= counter_set or snapshot is None
 
     def _was_rolled_back(self, journal: SideFile) -> bool:
         """Whether SQLite just put back what is committed. Judged from the journal's page images, not by GETs."""
@@ -323,6 +323,10 @@ class Database(State):
         if version.head.deleted:
             self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
             raise DatabaseGone(self._gone)
+        shown = self._view.snapshot
+        if (version.head.id, version.head.commit) == (shown.head.id, shown.head.commit):
+            self._adopt(version, shown.with_version(version))  # a lease, a floor, a fold: the same bytes
+            return
         self._adopt(version, Snapshot.load(self._source, version))
         self._moved = True
         if self._journal_is_hot() and not self.locks.writers():  # its images would undo the commits of others

@@ -30,8 +30,11 @@ class Dirty:
         self._committed_size = committed_size
         self.size = committed_size
         self.cut = committed_size
-        self.bytes = 0
-        """How many bytes the ranges hold."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of all ranges."""
+        return sum(high - low for rows in self._blocks.values() for low, high in rows)
 
     @property
     def is_dirty(self) -> bool:
@@ -56,8 +59,9 @@ class Dirty:
             if self._file is not None:
                 os.ftruncate(self._file.fileno(), size)
             for block in [b for b in self._blocks if (b + 1) * self._block_size > size]:
-                kept = [(low, min(high, size)) for low, high in self._blocks[block] if low < size]
-                self._replace(block, kept)
+                kept = [(low, min(high, size)) for low, high in self._blocks.pop(block) if low < size]
+                if kept:
+                    self._blocks[block] = kept
         self.size = size
         self.cut = min(self.cut, size)
 
@@ -83,6 +87,11 @@ class Dirty:
             data += part
         return data
 
+    def block(self, number: int) -> bytes:
+        """One that is full."""
+        low = number * self._block_size
+        return self.read(low, min(low + self._block_size, self.size))
+
     def is_full(self, block: int) -> bool:
         """Whether every byte of the block that lies inside the file is dirty."""
         low = block * self._block_size
@@ -95,14 +104,6 @@ class Dirty:
 
     def blocks(self) -> list[int]:
         return sorted(self._blocks)
-
-    def clear(self, committed_size: int) -> None:
-        """Forget everything: it was published, or it is discarded."""
-        self._blocks.clear()
-        self.bytes = 0
-        self.size = self.cut = self._committed_size = committed_size
-        if self._file is not None:
-            os.ftruncate(self._file.fileno(), 0)
 
     def close(self) -> None:
         if self._file is not None:
@@ -124,10 +125,4 @@ class Dirty:
         rows = self._blocks.get(block, [])
         apart = [row for row in rows if row[1] < low or row[0] > high]
         touching = [row for row in rows if row[1] >= low and row[0] <= high] + [(low, high)]
-        self._replace(block, sorted([*apart, (min(touching)[0], max(row[1] for row in touching))]))
-
-    def _replace(self, block: int, rows: list[Range]) -> None:
-        self.bytes -= sum(high - low for low, high in self._blocks.pop(block, ()))
-        if rows:
-            self._blocks[block] = rows
-            self.bytes += sum(high - low for low, high in rows)
+        self._blocks[block] = sorted([*apart, (min(touching)[0], max(row[1] for row in touching))])

@@ -10,27 +10,19 @@ Every swap ends in one of these ways (docs/ARCHITECTURE.md):
     swapped in, after which the delayed PUT can never apply.
 (d) The store cannot be reached before the deadline while in doubt: Unsettled carries what `settle` needs later.
 (e) 404 on If-Match: the database is gone.
-Thread rule: any thread.
+Thread rule: any thread. One HeadFile serves all users of a database in a process.
 """
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
+from s3blockfs import errors
 from s3blockfs.config import Config
-from s3blockfs.errors import (
-    CommitLost,
-    DatabaseExists,
-    DatabaseGone,
-    ObjectNotFound,
-    OutcomeUnknown,
-    PreconditionFailed,
-    RequestInDoubt,
-    S3BlockFSError,
-    StoreError,
-    StoreUnavailable,
-)
+from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError, StoreError, StoreUnavailable
 from s3blockfs.format import head as codec
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, archive_key, head_key
@@ -43,21 +35,18 @@ BACKOFF_FIRST_S = 0.05
 BACKOFF_MOST_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """A swap whose outcome is not known: what it was based on, what it wrote, and its commit id if it is a commit."""
+class Doubt(NamedTuple):
+    """A swap whose outcome is not known: the head it replaces (None: there was none), and the new one."""
 
     base: Version | None
     head: Head
-    body: bytes
-    commit: bytes | None
 
 
-class Unsettled(OutcomeUnknown):
+class Unsettled(errors.OutcomeUnknown):
     """OutcomeUnknown with what `HeadFile.settle` needs."""
 
-    def __init__(self, text: str, doubt: Doubt) -> None:
-        super().__init__(text)
+    def __init__(self, name: str, doubt: Doubt) -> None:
+        super().__init__(f"{name}: the outcome of the last write is unknown; closed until the store can tell")
         self.doubt = doubt
 
 
@@ -68,99 +57,64 @@ class HeadFile:
         self._store = store
         self._runtime = runtime
         self._config = config
-        self.prefix = prefix
         self._key = head_key(prefix)
         self._name = f"{store.name}/{self._key}"
+        self._lock = threading.Lock()
+        self.prefix = prefix
+        self.latest: Version | None = None
+        """The newest head that was read or written here, tombstones included."""
 
     def read(self) -> Version | None:
         """The head, tombstones included; None when there is none."""
+        before = self.latest
         try:
-            return self._version(self._store.get(self._key, site="head"))
+            return self._seen(before, self._version(self._store.get(self._key, site="head")))
         except ObjectNotFound:
             return None
 
     def read_if_changed(self, known: Version) -> Version:
-        """`known` itself when nothing changed (304). Raises DatabaseGone when the head has vanished."""
+        """The head; `known` itself when that is it. Raises DatabaseGone when it has vanished."""
+        before = self.latest
+        held = before or known
         try:
-            found = self._store.get_if_changed(self._key, site="refresh", etag=known.etag)
+            found = self._store.get_if_changed(self._key, site="refresh", etag=held.etag)
         except ObjectNotFound:
             raise self._gone() from None
-        return known if found is None else self._version(found)
-
-    def nonce(self) -> bytes:
-        return self._runtime.token(NONCE_BYTES)
+        newest = self._seen(before, held if found is None else self._version(found))
+        return known if newest.etag == known.etag else newest
 
     def create(self, base: Version | None, make: Callable[[Head | None], Head]) -> Version:
         """Write a first head over a tombstone (`base`, which `make` gets) or nothing. Raises DatabaseExists."""
-        return self._swap(base, make, None, False)
+        return self.swap(base, make)
 
     def swap(
-        self, base: Version, make: Callable[[Head], Head], *, commit: bytes | None = None, archives: bool = False
+        self, base: Version | None, make: Callable[[Any], Head], *, commit: bool = False, archives: bool = False
     ) -> Version:
         """Replace the head. Returns the one that holds the swap: for a commit possibly a later one.
 
         `make` gets the head that is being replaced and returns the new one (`rev` and `nonce` are set here) or raises;
-        it is called again when another swap came first. With `commit` (the id of one) only heads with the database id
-        and commit of `base` are replaced. A head that refers to something the new one does not is archived first; with
-        `archives` any is. Raises CommitLost, DatabaseGone, Unsettled, and what a PUT raises (not applied)."""
-        return self._swap(base, make, commit, archives)
-
-    def settle(self, doubt: Doubt, again: bool = True) -> Version | None:
-        """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
-        Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished."""
-        seen = self._read_definitely(doubt, self._runtime.monotonic())
-        verdict = self._judge(doubt, seen)
-        if verdict is not None:
-            return verdict
-        if seen is None and doubt.base is not None:
-            raise self._gone()
-        if seen is not None and (doubt.base is None or seen.etag != doubt.base.etag):
-            return None  # another head replaced the one it was based on: its condition can never hold again
-        try:
-            if seen is None:  # a creation that may still land: nothing can be swapped in to stop it, so it is repeated
-                return Version(doubt.head, self._put(None, doubt.body), doubt.body)
-            stopper = replace(seen.head, rev=seen.head.rev + 1, nonce=self.nonce())
-            self._put(seen.etag, codec.encode(stopper))
-            return None
-        except StoreError as error:
-            if again and isinstance(error, PreconditionFailed):
-                return self.settle(doubt, again=False)  # the head moved on meanwhile, so now it can be told
-            raise self._unsettled(doubt) from error
-
-    def _swap(self, base: Version | None, make: Callable[[Any], Head], commit: bytes | None, archives: bool) -> Version:
+        it is called again when another swap came first. Only heads with the database id of `base` are replaced (else
+        DatabaseGone), by a `commit` only those with its commit too (else CommitLost); a tombstone only if `base` is one
+        (else DatabaseGone). A head that refers to something the new one does not is archived first; with `archives` any
+        is. Raises Unsettled, and what a PUT raises (not applied)."""
         deadline = self._runtime.monotonic() + self._config.transaction_deadline_s
-        current = base
         pause = BACKOFF_FIRST_S
+        doubt: Doubt | None = None
+        current, latest = base, self.latest
+        if base is not None and not base.head.deleted and latest is not None and latest.head.rev > base.head.rev:
+            current = latest  # with our own lease in it, say: `base` would only meet a 412
+            self._require_may_replace(latest.head, base, commit)
         while True:
-            replaced = None if current is None else current.head
-            head = replace(make(replaced), rev=1 if replaced is None else replaced.rev + 1, nonce=self.nonce())
-            doubt = Doubt(current, head, codec.encode(head), commit)
-            if current is not None and (archives or _drops(current.head, head)):
-                self._store.put(archive_key(self.prefix, current.head.rev, self.nonce()), current.body, site="archive")
-            seen = self._try(doubt, deadline)
-            verdict = self._judge(doubt, seen)
-            if verdict is not None:
-                return verdict
-            if seen is None:
-                raise self._gone()
-            if commit is not None:
-                self._require_same_state(doubt, seen)
-            elif (base is None or base.head.deleted) and not seen.head.deleted:
-                raise DatabaseExists(f"{self._name}: somebody else created it first")
-            current = seen
-            if self._runtime.monotonic() > deadline:
-                raise StoreUnavailable(f"{self._name}: other swaps came first until the deadline; try again")
-            pause = self._pause(pause)
-
-    def _try(self, doubt: Doubt, deadline: float) -> Version | None:
-        """PUT until the outcome is definite: the head that was found afterwards (its own, if it was just applied)."""
-        etag = None if doubt.base is None else doubt.base.etag
-        pause = BACKOFF_FIRST_S
-        in_doubt = False
-        while True:
+            if doubt is None:
+                old, in_doubt = None if current is None else current.head, False
+                head = replace(make(old), rev=1 if old is None else old.rev + 1, nonce=self._nonce())
+                doubt = Doubt(current, head)
+                if current is not None and (archives or _drops(current.head, head)):
+                    key = archive_key(self.prefix, current.head.rev, self._nonce())
+                    self._store.put(key, current.body, site="archive")
             try:
-                return Version(doubt.head, self._put(etag, doubt.body), doubt.body)
-            except (PreconditionFailed, ObjectNotFound, RequestInDoubt):
+                return self._put(current, doubt.head)
+            except (PreconditionFailed, ObjectNotFound, errors.RequestInDoubt):
                 in_doubt = True  # a 412 proves nothing, see (b)
             except StoreError as error:
                 # This PUT was definitely not applied. An earlier one may have been.
@@ -168,94 +122,127 @@ class HeadFile:
                 if not in_doubt and not retry:
                     raise
             if in_doubt:
-                seen = self._read_definitely(doubt, deadline)
-                if (None if seen is None else seen.etag) != etag:
-                    return seen
+                applied, seen = self._look(doubt, deadline)
+                if applied is not None:
+                    return applied
+                if seen is not None and not _same(seen, current):
+                    self._require_may_replace(seen.head, base, commit, creates=not doubt.head.deleted)
+                    current, doubt = seen, None
             if self._runtime.monotonic() + pause > deadline:
-                settled = self.settle(doubt)
+                settled = None if doubt is None else self.settle(doubt)
                 if settled is not None:
                     return settled
                 raise StoreUnavailable(f"{self._name}: not written before the deadline; nothing was changed, try again")
             pause = self._pause(pause)
 
-    def _judge(self, doubt: Doubt, seen: Version | None) -> Version | None:
-        """`seen` if the swap in doubt is part of its past, None if it is not. Raises Unsettled when it cannot tell."""
-        if seen is None:
-            return None
-        if seen.head.nonce == doubt.head.nonce:
-            return seen
-        if doubt.base is None or doubt.base.head.id != doubt.head.id:  # a creation
-            return seen if seen.head.id == doubt.head.id else None
-        if doubt.commit is None or seen.etag == doubt.base.etag or seen.head.seq < doubt.head.seq:
-            return None
+    def settle(self, doubt: Doubt, again: bool = True) -> Version | None:
+        """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
+        Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished."""
+        applied, seen = self._look(doubt, self._runtime.monotonic())
+        if applied is not None or not _same(seen, doubt.base):
+            return applied  # None: the head it was based on is replaced, so its condition can never hold again
         try:
-            found = self._commit_at(doubt.head.seq, seen.head)
-        except S3BlockFSError as error:  # also damage: it must not be taken for an answer
-            raise self._unsettled(doubt) from error
-        if found is None:
-            raise self._unsettled(doubt)
-        return seen if found == doubt.commit else None
+            if seen is None:  # a creation that may still land: nothing can be swapped in to stop it, so it is repeated
+                return self._put(None, doubt.head)
+            self._put(seen, replace(seen.head, rev=seen.head.rev + 1, nonce=self._nonce()))
+            return None
+        except StoreError as error:
+            if again and isinstance(error, PreconditionFailed):
+                return self.settle(doubt, again=False)  # the head moved on meanwhile, so now it can be told
+            raise Unsettled(self._name, doubt) from error
 
-    def _commit_at(self, seq: int, head: Head) -> bytes | None:
-        """The id of the commit with this seq, from the tail, the segments, then the archives."""
-        found = self._commit_in(head, seq)
-        if found is None:
-            for entry in self._store.list(f"{self.prefix}/archive/", site="settle"):
-                body = self._store.get(entry.key, site="settle").body
-                archived = codec.decode(body, f"{self._store.name}/{entry.key}")
-                found = self._commit_in(archived, seq) if archived.seq >= seq else None
-                if found is not None:
-                    break
-        return found
-
-    def _commit_in(self, head: Head, seq: int) -> bytes | None:
-        if head.seq == seq:
-            return head.commit
-        records = {commit.record.seq: commit.record.id for commit in head.tail.commits}
-        for segment in head.segments:
-            if seq not in records and segment.first_seq <= seq <= segment.last_seq:
-                index = fetch_index(self._store, self.prefix, segment, "settle")
-                records.update((record.seq, record.id) for record in index.commits)
-        return records.get(seq)
-
-    def _require_same_state(self, doubt: Doubt, seen: Version) -> None:
-        """A commit may only replace heads that show the state its transaction read."""
-        assert doubt.base is not None
-        if seen.head.deleted:
-            raise DatabaseGone(f"{self._name}: deleted by {seen.head.writer or 'somebody else'}; nothing was committed")
-        if (seen.head.id, seen.head.commit) != (doubt.base.head.id, doubt.base.head.commit):
-            raise CommitLost(
-                f"{self._name}: {seen.head.writer or 'another writer'} committed first (commit {seen.head.seq}); "
+    def _require_may_replace(self, seen: Head, base: Version | None, commit: bool, creates: bool = False) -> None:
+        """Raise unless a swap based on `base` may replace `seen`; one that `creates` if that or nothing was deleted."""
+        writer = seen.writer or "somebody else"
+        if base is None or (creates and base.head.deleted):
+            if not seen.deleted:
+                raise errors.DatabaseExists(f"{self._name}: {writer} created it first")
+        elif commit and not seen.deleted and (seen.id, seen.commit) != (base.head.id, base.head.commit):
+            raise errors.CommitLost(
+                f"{self._name}: {writer} committed first (commit {seen.seq}); "
                 "nothing of this transaction was kept, run it again"
             )
+        elif (seen.id, seen.deleted) != (base.head.id, base.head.deleted):
+            raise errors.DatabaseGone(f"{self._name}: deleted or replaced by {writer}; nothing was changed")
 
-    def _read_definitely(self, doubt: Doubt, deadline: float) -> Version | None:
-        """Read the head until it answers, at least once."""
+    def _look(self, doubt: Doubt, deadline: float) -> tuple[Version | None, Version | None]:
+        """Read the head until it answers, at least once: (it, if the swap in doubt is in its past, and it anyway).
+        Raises DatabaseGone when it vanished, Unsettled when it does not answer or cannot tell."""
         pause = BACKOFF_FIRST_S
         while True:
             try:
-                return self.read()
+                seen = self.read()
+                break
             except S3BlockFSError as error:  # also a damaged head: the outcome is still unknown
                 if self._runtime.monotonic() + pause > deadline:
-                    raise self._unsettled(doubt) from error
+                    raise Unsettled(self._name, doubt) from error
             pause = self._pause(pause)
+        if seen is None and doubt.base is not None:
+            raise self._gone()
+        return (seen if seen is not None and self._is_past_of(seen.head, doubt) else None), seen
 
-    def _put(self, etag: str | None, body: bytes) -> str:
-        return self._store.put(self._key, body, site="swap", if_match=etag, if_absent=etag is None)
+    def _is_past_of(self, seen: Head, doubt: Doubt) -> bool:
+        """Whether the swap in doubt is in the past of `seen`. Raises Unsettled when it cannot tell."""
+        base, mine = doubt.base, doubt.head
+        if base is None or base.head.id != mine.id:  # a creation
+            return seen.id == mine.id
+        if seen.nonce == mine.nonce or mine.commit == base.head.commit or seen.seq < mine.seq:
+            return seen.nonce == mine.nonce  # only a commit can be told from later heads, and only from later commits
+        try:
+            return self._commit_at(mine.seq, mine.rev, seen) == mine.commit
+        except S3BlockFSError as error:  # also damage: it must not be taken for an answer
+            raise Unsettled(self._name, doubt) from error
+
+    def _commit_at(self, seq: int, rev: int, head: Head) -> bytes:
+        """The id of the commit with this seq, which no head before `rev` holds: from `head`, then the archives."""
+        archived = (
+            codec.decode(self._store.get(entry.key, site="settle").body, f"{self._store.name}/{entry.key}")
+            for entry in self._store.list(f"{self.prefix}/archive/", site="settle")
+            if entry.key >= archive_key(self.prefix, rev, b"")
+        )
+        for known in chain([head], archived):
+            if known.seq == seq:
+                return known.commit
+            ids = {commit.record.seq: commit.record.id for commit in known.tail.commits}
+            for segment in known.segments:
+                if seq not in ids and segment.first_seq <= seq <= segment.last_seq:
+                    index = fetch_index(self._store, self.prefix, segment, "settle")
+                    ids.update((record.seq, record.id) for record in index.commits)
+            if seq in ids:
+                return ids[seq]
+        raise errors.DamagedObject(f"{self._name}: no record of commit {seq}")
+
+    def _put(self, replaced: Version | None, head: Head) -> Version:
+        before, condition, body = self.latest, None if replaced is None else replaced.etag, codec.encode(head)
+        etag = self._store.put(self._key, body, site="swap", if_match=condition, if_absent=condition is None)
+        made = Version(head, etag, body)
+        self._seen(before, made)
+        return made
+
+    def _seen(self, before: Version | None, found: Version) -> Version:
+        """Take in the outcome of a request that was sent when `before` was the latest; returns what is now. Of several
+        at a time the one with the highest rev is the latest; but an operator may have put an older head back."""
+        with self._lock:
+            if self.latest is None or self.latest is before or found.head.rev > self.latest.head.rev:
+                self.latest = found
+            return self.latest
 
     def _version(self, found: StoredObject) -> Version:
         return Version(codec.decode(found.body, self._name), found.etag, found.body)
+
+    def _nonce(self) -> bytes:
+        return self._runtime.token(NONCE_BYTES)
 
     def _pause(self, pause: float) -> float:
         self._runtime.sleep(self._runtime.uniform(0, pause))
         return min(pause * 2, BACKOFF_MOST_S)
 
-    def _gone(self) -> DatabaseGone:
-        return DatabaseGone(f"{self._name}: the head has vanished; restore that object or remount")
+    def _gone(self) -> errors.DatabaseGone:
+        return errors.DatabaseGone(f"{self._name}: the head has vanished; restore that object or remount")
 
-    def _unsettled(self, doubt: Doubt) -> Unsettled:
-        text = "the outcome of the last write is unknown; the database is closed until the store can tell"
-        return Unsettled(f"{self._name}: {text}", doubt)
+
+def _same(one: Version | None, other: Version | None) -> bool:
+    return (one and one.etag) == (other and other.etag)
 
 
 def _drops(old: Head, new: Head) -> bool:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from cachetools import LRUCache
@@ -135,6 +136,13 @@ class Snapshot:
         log = replace(self._log, overlay=dict(self._log.overlay), size=self.head.size)
         log.apply(record, pieces)
         return Snapshot(self._source, version, block_map, log)
+
+    def with_version(self, version: Version) -> Snapshot:
+        """The same commit by another head (lease, floor, fold): nothing is indexed anew where nothing was moved."""
+        layout = attrgetter("extents", "leaves", "segments", "tail")
+        if layout(version.head) != layout(self.head):
+            return Snapshot.load(self._source, version)
+        return Snapshot(self._source, version, self.map, self._log)
 
     def read(self, offset: int, length: int) -> bytes:
         """Committed bytes; fewer at the end of the file, none past it, zeros in holes."""

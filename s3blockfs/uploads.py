@@ -1,6 +1,6 @@
-"""The data objects of one transaction on their way to S3: in parallel, within a memory bound, before the swap.
+"""The data objects of one transaction or fold on their way to S3: in parallel, within a memory bound, before the swap.
 
-Thread rule: one transaction's calls are serialised by the caller; the PUTs run on I/O threads.
+Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs run on I/O threads.
 """
 
 from collections import deque
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
-from s3blockfs.blockmap import joined
+from s3blockfs.blockmap import BlockMap, EncodedMap, joined
 from s3blockfs.config import Config
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreError
@@ -16,55 +16,49 @@ from s3blockfs.format import data as codec
 from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, Commit, slots_per_object
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head, Segment
-from s3blockfs.format.keys import ObjectRef
-from s3blockfs.snapshot import Piece, Source, segment_pieces
+from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
+from s3blockfs.snapshot import Source
 
 
 class Uploads:
     """A transaction that writes an uploaded block again calls `forget`; the block is then uploaded anew at the commit.
     Uploads that never become part of a head are garbage for the collector; nobody else deletes them."""
 
-    def __init__(self, source: Source, config: Config, base: Head) -> None:
+    def __init__(self, source: Source, config: Config, base: Head, seq: int) -> None:
+        """They are named after the head `base`; their bytes are complete to `seq`."""
         self._source = source
         self._rev = base.rev
-        self._seq = base.seq + 1
+        self._seq = seq
         self._block_size = base.block_size
-        self._pending: deque[tuple[Future[str], ObjectRef]] = deque()
-        self._committing = False
-        self._patience_s = config.transaction_deadline_s
+        self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
+        self._patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
         self._most = max(1, config.upload_memory // OBJECT_BYTES)
-        self._whole: dict[int, set[int]] = {}
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}
         """Which slot holds each block that is still as uploaded."""
 
     def stream(self, dirty: Dirty, first: int, end: int) -> None:
-        """Blocks first..end were written: upload a block object's worth as soon as all of it is there."""
+        """Blocks first..end were written: upload a block object's worth, ahead of the commit, as soon as all of it is
+        there. One that fails is forgotten, so that the commit uploads it."""
         per_object = slots_per_object(self._block_size)
-        for block in range(first, end):
-            if not dirty.is_whole(block):
-                continue
-            group = self._whole.setdefault(block // per_object, set())
-            group.add(block)
-            if len(group) == per_object and group.isdisjoint(self.blocks.keys()):
-                self.put_blocks(dirty, sorted(group))
+        for start in range(first - first % per_object, end, per_object):
+            group = range(start, start + per_object)
+            # The last block first: most writers come to it last, so that one look tells.
+            if dirty.is_whole(group[-1]) and self.blocks.keys().isdisjoint(group) and all(map(dirty.is_whole, group)):
+                self.put_blocks([(number, dirty.block(number)) for number in group], ahead=True)
 
-    def put_blocks(self, dirty: Dirty, blocks: Sequence[int]) -> None:
-        """One block object of whole blocks; a short one (the last of the file) is padded with zeros."""
+    def put_blocks(self, blocks: Sequence[tuple[int, bytes]], ahead: bool = False) -> None:
+        """One block object of (number, bytes); a short one (the last of the file) is padded with zeros."""
         size = self._block_size
         ref = self._source.new_ref(self._rev)
-        frames = []
-        for number in blocks:
-            data = dirty.read(number * size, min((number + 1) * size, dirty.size))
-            frames.append((number * size, self._seq, data.ljust(size, b"\0")))
-        self._upload(ref, codec.build(ref.uid, BASE, frames).body)
-        self.blocks.update((number, (ref, slot)) for slot, number in enumerate(blocks))
+        frames = [(number * size, self._seq, data.ljust(size, b"\0")) for number, data in blocks]
+        self._upload(ref, codec.build(ref.uid, BASE, frames).body, ahead)
+        self.blocks.update((number, (ref, slot)) for slot, (number, _) in enumerate(blocks))
 
-    def put_segment(self, frames: Sequence[tuple[int, bytes]]) -> tuple[Segment, list[Piece]]:
-        """One segment of this commit's extents, none crossing a block boundary; its record goes into the tail."""
-        rows = [(offset, self._seq, data) for offset, data in frames]
-        segment, built = build_segment(self._source, self._rev, rows, ())
-        self._upload(segment.ref, built.body)
-        return segment, segment_pieces(segment.ref, built.entries)
+    def put_segment(self, frames: Sequence[tuple[int, bytes]]) -> Segment:
+        """One segment of (offset, bytes), none crossing a block boundary; the commit's record goes into the tail."""
+        segment, built = build_segment(self._source, self._rev, [(at, self._seq, data) for at, data in frames], ())
+        self._upload(segment.ref, built.body, False)
+        return segment
 
     def forget(self, first: int, end: int) -> None:
         """These blocks changed after they were uploaded, or are gone."""
@@ -72,37 +66,38 @@ class Uploads:
         for number in range(first, end) if few else [n for n in self.blocks if first <= n < end]:
             self.blocks.pop(number, None)
 
-    def settle(self) -> None:
-        """Wait for what was streamed ahead of the commit; what failed is forgotten, so that the commit uploads it."""
-        while self._pending:
-            self._reap()
-        self._committing = True
-
     def wait(self) -> None:
         """Until everything is stored. Raises what an upload raised; then nothing of it may be referred to."""
         while self._pending:
-            self._pending.popleft()[0].result()
+            self._reap()
 
     def extents(self) -> list[Extent]:
         """What the map says of the uploaded blocks."""
         return joined(Extent(number, 1, *place, self._seq) for number, place in sorted(self.blocks.items()))
 
-    def _upload(self, ref: ObjectRef, body: bytes) -> None:
+    def _upload(self, ref: ObjectRef, body: bytes, ahead: bool) -> None:
         while len(self._pending) >= self._most:
             self._reap()
-        key, patience_s = ref.key(self._source.prefix), self._patience_s  # megabytes need longer than a small request
-        put = partial(self._source.store.put, key, body, site="data", timeout_s=patience_s)
-        self._pending.append((self._source.runtime.submit(put), ref))
+        key, store = ref.key(self._source.prefix), self._source.store
+        put = partial(store.put, key, body, site="data", timeout_s=self._patience_s)
+        self._pending.append((self._source.runtime.submit(put), ref, ahead))
 
     def _reap(self) -> None:
-        future, ref = self._pending.popleft()
-        error = future.exception()
-        if error is None:
-            return
-        if self._committing or not isinstance(error, StoreError):
-            raise error
-        for number in [n for n, (held_in, _) in self.blocks.items() if held_in == ref]:
-            del self.blocks[number]
+        future, ref, ahead = self._pending.popleft()
+        try:
+            future.result()
+        except StoreError:
+            if not ahead:
+                raise
+            self.blocks = {number: place for number, place in self.blocks.items() if place[0] != ref}
+
+
+def upload_map(source: Source, block_map: BlockMap, rev: int) -> EncodedMap:
+    """The map for a head that replaces the one with this `rev`; leaves that are new are stored. Raises StoreError."""
+    encoded = block_map.encode(rev, partial(source.runtime.token, NONCE_BYTES))
+    for leaf, body in encoded.uploads:
+        source.store.put(leaf.key(source.prefix), body, site="map")
+    return encoded
 
 
 def build_segment(

@@ -79,9 +79,7 @@ class View:
 
     def drop(self) -> None:
         """Forget what is not committed."""
-        with self._mutex:
-            self.uploads = None
-            self.dirty.clear(self.snapshot.head.size)
+        self.move(self.snapshot)
 
     def move(self, snapshot: Snapshot) -> None:
         """Show another committed state, with nothing uncommitted over it."""

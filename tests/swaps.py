@@ -98,7 +98,7 @@ def make_commit(base: Version, commit: bytes = MINE) -> Callable[[Head], Head]:
 
 
 def commit_mine(heads: HeadFile, base: Version) -> Version:
-    return heads.swap(base, make_commit(base), commit=MINE)
+    return heads.swap(base, make_commit(base), commit=True)
 
 
 def lease(replaced: Head) -> Head:

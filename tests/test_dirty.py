@@ -12,7 +12,7 @@ from tempfile import gettempdir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from s3blockfs import dirty as module
 from s3blockfs.dirty import Dirty, Range, spill_folder
@@ -82,13 +82,6 @@ class Model(RuleBasedStateMachine):
         self.written = {at: values for at, values in self.written.items() if at < size}
         self.size, self.cut = size, min(self.cut, size)
 
-    @rule(size=OFFSETS)
-    @precondition(lambda self: self.dirty.is_dirty)
-    def clear(self, size: int) -> None:
-        self.dirty.clear(size)
-        self.written = {}
-        self.committed = self.size = self.cut = size
-
     @rule(start=OFFSETS, end=OFFSETS)
     def look(self, start: int, end: int) -> None:
         expected = joined({at for at in self.written if start <= at < end})
@@ -103,7 +96,7 @@ class Model(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "dirty"):
             return
-        assert (self.dirty.size, self.dirty.cut, self.dirty.bytes) == (self.size, self.cut, len(self.written))
+        assert (self.dirty.size, self.dirty.cut, self.dirty.held_bytes) == (self.size, self.cut, len(self.written))
         assert self.dirty.is_dirty == (bool(self.written) or self.size != self.committed or self.cut < self.committed)
         ranges = list(self.dirty.ranges(0, 10 * LIMIT))
         assert ranges == joined(set(self.written))
@@ -182,8 +175,7 @@ def test_a_missing_spill_folder_is_an_error_of_the_write(tmp_path: Path) -> None
     dirty = Dirty(str(tmp_path / "none"), 4096, 100)
     with pytest.raises(FileNotFoundError):
         dirty.write(0, b"x")
-    assert not dirty.is_dirty and dirty.bytes == 0 and dirty.size == 100 and not list(dirty.ranges(0, 100))
-    dirty.clear(50)
+    assert not dirty.is_dirty and dirty.held_bytes == 0 and dirty.size == 100 and not list(dirty.ranges(0, 100))
     dirty.truncate(10)
     assert dirty.is_dirty
     dirty.close()
@@ -201,7 +193,7 @@ def test_a_cut_that_fails_changes_nothing(make: Callable[..., Dirty], monkeypatc
     with pytest.raises(OSError, match="Input/output"):
         dirty.truncate(5000)
     assert list(dirty.ranges(0, 20_000)) == [(0, 10_000)]
-    assert (dirty.size, dirty.cut, dirty.bytes) == (20_000, 20_000, 10_000)
+    assert (dirty.size, dirty.cut, dirty.held_bytes) == (20_000, 20_000, 10_000)
     monkeypatch.undo()
     dirty.truncate(5000)
     assert list(dirty.ranges(0, 20_000)) == [(0, 5000)] and dirty.read(0, 5000) == b"a" * 5000
@@ -227,7 +219,7 @@ def test_a_sparse_giant_costs_its_ranges_only(make: Callable[..., Dirty]) -> Non
     assert list(dirty.ranges(0, 1 << 40)) == [(0, 1), (1 << 39, (1 << 39) + 1000)]
     dirty.truncate((1 << 39) + 10)
     assert list(dirty.ranges(0, 1 << 40)) == [(0, 1), (1 << 39, (1 << 39) + 10)]
-    assert dirty.bytes == 11
+    assert dirty.held_bytes == 11
 
 
 def test_the_spill_folder_is_not_tmp_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

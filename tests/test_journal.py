@@ -234,7 +234,8 @@ class Recorder(apsw.VFS):
         dirty = self.dirty[path]
         ranges = list(dirty.ranges(0, dirty.size))
         self.seen.append(Finalised(Path(journal_path).read_bytes(), ranges, Path(path).read_bytes()))
-        dirty.clear(dirty.size)
+        dirty.close()
+        self.dirty[path] = Dirty(self.folder, 4096, dirty.size)
 
 
 @contextmanager
