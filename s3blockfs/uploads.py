@@ -32,7 +32,7 @@ class Uploads:
         self._pending: deque[tuple[Future[str], ObjectRef]] = deque()
         self._committing = False
         self._patience_s = config.transaction_deadline_s
-        self._most = max(1, config.upload_memory // OBJECT_BYTES)
+        self._most = max(1, config.memory // OBJECT_BYTES)
         self._whole: dict[int, set[int]] = {}
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}
         """Which slot holds each block that is still as uploaded."""
