@@ -19,6 +19,7 @@ from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog, Entry
@@ -149,6 +150,24 @@ class FileSystem(Operations):
 
     def rename(self, old: str, new: str) -> None:
         raise OSError(errno.EXDEV, "renaming is not supported yet; mv copies instead")
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self._catalog.make_folder(path[1:])
+
+    def rmdir(self, path: str) -> None:
+        self._catalog.remove_folder(path[1:])
+
+    def mknod(self, path: str, mode: int, device: int) -> None:
+        if not stat.S_ISREG(mode):
+            self._refuse(path)
+        info = SimpleNamespace(flags=os.O_EXCL)
+        self.create(path, mode, info)
+        self.release(path, info)
+
+    def _refuse(self, path: str, *_: object) -> None:
+        raise OSError(errno.EPERM, f"{path}: only files and folders can be made here")
+
+    link = symlink = _refuse
 
     def _accept(self, path: str, *_: object) -> None:
         """Modes belong to the mount, and mtime is the time of the last commit: `cp -p` and `touch` work, no more."""
