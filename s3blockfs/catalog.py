@@ -7,6 +7,7 @@ Exact names win. Prefixes above databases are folders.
 Thread rule: any thread; `_lock` is never held during a request to the store.
 """
 
+import errno
 import os
 import platform
 import threading
@@ -23,7 +24,17 @@ from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.dirty import spill_folder
-from s3blockfs.errors import DamagedObject, DatabaseExists, DatabaseGone, DatabaseNotFound, NewerFormat, ReadOnly
+from s3blockfs.errors import (
+    DamagedObject,
+    DatabaseExists,
+    DatabaseGone,
+    DatabaseNotFound,
+    NewerFormat,
+    ObjectNotFound,
+    ReadOnly,
+    UsageError,
+)
+from s3blockfs.format import keys
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
@@ -31,7 +42,7 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
-from s3blockfs.sidefiles import SideFiles
+from s3blockfs.sidefiles import SideFiles, is_side_file
 from s3blockfs.snapshot import Source, Version
 
 #: Names with these endings are taken for databases in listings without looking.
@@ -90,8 +101,7 @@ class Catalog:
             entry, name = _entry(prefix, version), path.rpartition("/")[2]
             if "." in name or version.head.name is not None:
                 return entry
-            exact = self._head(prefix + SHOWN_SUFFIX)
-            hidden = exact is not None and not exact.head.deleted
+            hidden = self._head(prefix + SHOWN_SUFFIX) is not None
             return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
         alias = _undotted(path)
         if alias is not None:
@@ -100,8 +110,7 @@ class Catalog:
                 return _entry(prefix, version)
         if path.endswith(DATABASE_SUFFIXES):
             return None
-        inside = self._store.list(f"{join(self._root, path)}/", site="folder", max_keys=1)
-        return Entry(join(self._root, path), is_folder=True) if any(True for _ in inside) else None
+        return Entry(join(self._root, path), is_folder=True) if self._is_folder(path) else None
 
     def listing(self, folder: str) -> list[tuple[str, Entry]]:
         """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
@@ -133,11 +142,30 @@ class Catalog:
                 continue
             self._probed[start + name] = version is not None
             if version is None:
-                found[name] = Entry(start + name, is_folder=True)
+                if name not in marked or self._is_folder(join(folder, name)):
+                    found[name] = Entry(start + name, is_folder=True)
             elif not version.head.deleted:
-                dotted = "." in name or version.head.name is not None
-                found.setdefault(name if dotted else name + SHOWN_SUFFIX, _entry(start + name, version))
+                exact = "." in name or version.head.name is not None or name + SHOWN_SUFFIX in names
+                found[name if exact else name + SHOWN_SUFFIX] = _entry(start + name, version)
         return sorted(found.items())
+
+    def _is_folder(self, path: str) -> bool:
+        """Whether keys below `path`, which has no head, make it a folder. A removed one may still hold tombstones: it
+        is none unless it was made again or has something to show."""
+        prefix = join(self._root, path)
+        mark = keys.folder_mark_key(prefix)
+        first = next(iter(self._store.list(f"{prefix}/", site="folder", max_keys=1)), None)
+        if first is None or first.key == mark or first.key >= f"{prefix}/{HIDDEN_FOLDER}0":  # 0 sorts behind /
+            return first is not None
+        parent, _, name = prefix.rpartition("/")
+        return not self._exists(deleted_mark_key(parent, name)) or self._exists(mark) or bool(self.listing(path))
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self._store.get(key, site="folder-mark")
+        except ObjectNotFound:
+            return False
+        return True
 
     def _head(self, prefix: str) -> Version | None:
         """The head, at most as old as the refresh interval; None when there is none."""
@@ -193,6 +221,10 @@ class Catalog:
         elif exclusive:
             raise DatabaseExists(f"{self._label(path)}: exists")
         self._remember(prefix, version, self._runtime.monotonic())
+        with self._lock:
+            old = self._open.get(prefix) or self._idle.get(prefix)
+        if old is not None and old.version.head.id != version.head.id:
+            old.delete()  # elsewhere, and made anew
         return self._take(prefix) or self._add(prefix, version)
 
     def release(self, database: Database) -> None:
@@ -262,6 +294,32 @@ class Catalog:
             held.delete()
         if idle is not None:
             idle.close()
+
+    def make_folder(self, path: str) -> None:
+        """Remembered by a mark in it. Raises DatabaseExists for any name in use, UsageError for one that cannot be."""
+        if self.lookup(path) is not None:
+            raise DatabaseExists(f"{self._label(path)}: exists")
+        check_prefix(prefix := join(self._root, path))
+        if path.endswith(DATABASE_SUFFIXES) or is_side_file(path):
+            raise UsageError(f"{self._label(path)}: would be taken for a database or its journal; choose another name")
+        self.require_writable()
+        self._store.put(keys.folder_mark_key(prefix), b"", site="mark-folder")
+
+    def remove_folder(self, path: str) -> None:
+        """Raises DatabaseNotFound when there is no such folder, OSError (ENOTEMPTY; EBUSY for the root)."""
+        entry = self.lookup(path)
+        if entry is None or not entry.is_folder:
+            raise DatabaseNotFound(f"{self._label(path)}: no such folder")
+        if not path:
+            raise OSError(errno.EBUSY, "the root is not removed: unmount it")
+        self.require_writable()
+        if self.listing(path) or self.side_files.names_under(path):
+            raise OSError(errno.ENOTEMPTY, f"{self._label(path)}: not empty")
+        parent, _, name = entry.prefix.rpartition("/")
+        mark = keys.folder_mark_key(entry.prefix)
+        if [each.key for each in self._store.list(f"{entry.prefix}/", site="folder", max_keys=2)] != [mark]:
+            self._store.put(deleted_mark_key(parent, name), b"", site="mark-deleted")  # tombstones remain
+        self._store.delete([mark], site="unmark-folder")
 
     def require_writable(self) -> None:
         """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""

@@ -15,7 +15,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_int64, c_short, c_void_p
 from itertools import count
@@ -55,9 +55,6 @@ _TO_BE_EXPLAINED = {errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EP
 _libfuse = fuse._libfuse
 _libfuse.fuse_get_session.restype = _libfuse.fuse_session_next_chan.restype = c_void_p
 
-F_RDLCK, F_WRLCK, F_UNLCK = 0, 1, 2
-F_GETLK, F_SETLK, F_SETLKW = 5, 6, 7
-
 
 class Flock(ctypes.Structure):
     """`struct flock` of fcntl(2): `l_len` 0 means "to the end"; F_GETLK is answered in place, F_UNLCK means "free"."""
@@ -83,7 +80,9 @@ Attributes = Mapping[str, int]
 
 
 class Operations:
-    """The file system. Override what it can do; what stays None answers ENOSYS, or what the kernel does without it.
+    """The file system: fusepy's operations with `raw_fi`; what is not defined answers ENOSYS, or what the kernel does
+    without it. `getattr` says st_nlink 1 for a directory (find(1) counts on it), `readdir(path)` gives pairs of a name
+    and its attributes, `lock` gets a Flock and comes with F_UNLCK 0..0 at every close(2).
 
     A path starts at the mount; it is None where there is a handle, so that no unlink waits for a read of the same path.
     Raise OSError or S3BlockFSError with the errno to answer; anything else is logged and answered EIO."""
@@ -106,28 +105,6 @@ class Operations:
 
     def quiesce(self) -> None:
         """A signal asked for the end: return when it may come. Requests are still answered meanwhile."""
-
-    getattr: Callable[[str | None, FileInfo | None], Attributes] | None = None  # a directory: st_nlink 1, for find(1)
-    readlink: Callable[[str], str] | None = None
-    readdir: Callable[[str], Iterable[tuple[str, Attributes | None]]] | None = None  # of these, only the type travels
-    statfs: Callable[[str], Attributes] | None = None
-    create: Callable[[str, int, FileInfo], None] | None = None
-    open: Callable[[str, FileInfo], None] | None = None
-    read: Callable[[str | None, int, int, FileInfo], bytes] | None = None  # (path, size, offset, handle)
-    write: Callable[[str | None, bytes, int, FileInfo], int] | None = None
-    truncate: Callable[[str | None, int, FileInfo | None], None] | None = None
-    flush: Callable[[str | None, FileInfo], None] | None = None  # at each close(2), which returns its error
-    release: Callable[[str | None, FileInfo], None] | None = None  # some time after the last; nobody hears its error
-    fsync: Callable[[str | None, int, FileInfo], None] | None = None
-    fsyncdir: Callable[[str | None, int, int], None] | None = None
-    lock: Callable[[str | None, FileInfo, int, Flock], None] | None = None  # with F_UNLCK 0..0 at every close(2)
-    unlink: Callable[[str], None] | None = None
-    rename: Callable[[str, str], None] | None = None
-    mkdir: Callable[[str, int], None] | None = None
-    rmdir: Callable[[str], None] | None = None
-    chmod: Callable[[str, int], None] | None = None
-    chown: Callable[[str, int, int], None] | None = None
-    utimens: Callable[[str, tuple[int, int] | None], None] | None = None
 
 
 def context_pid() -> int:

@@ -15,26 +15,18 @@ import stat
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog, Entry
 from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.errors import S3BlockFSError
-from s3blockfs.fuse_binding import (
-    F_GETLK,
-    F_RDLCK,
-    F_SETLKW,
-    F_UNLCK,
-    F_WRLCK,
-    Attributes,
-    FileInfo,
-    Flock,
-    Operations,
-    context_pid,
-)
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.prefetch import Readahead
@@ -43,34 +35,29 @@ from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
 
 log = logging.getLogger(__name__)
 
-#: statfs: S3 has no end, so say 1 PiB, in blocks of this size.
-STATFS_BLOCK_BYTES = 4096
-STATFS_BLOCKS = 2**50 // STATFS_BLOCK_BYTES
-
 #: How long a daemon that was asked to end waits for applications to end their write transactions.
 QUIESCE_S = 5.0
 
 
 @dataclass(slots=True)
 class _Shown:
-    """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are."""
+    """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are.
+    `stale`: they have to go and could not be dropped, because the inode number was not known."""
 
     handles: int = 0
     inode: int | None = None
     pages_of: bytes | None = None
     stale: bool = False
-    """The pages have to go and could not be dropped: its inode number was not known."""
 
 
 @dataclass(slots=True, eq=False)
 class _Handle:
-    path: str
-    database: Database | None
-    side: SideFile | None
+    """`failed`: what was written through this handle is lost, so no later call on it may succeed."""
+
+    file: Database | SideFile
     readahead: Readahead
     wrote: bool = False
     failed: bool = False
-    """What was written through this handle is lost, so no later call on it may succeed."""
     owners: set[Hashable] = field(default_factory=set)
 
 
@@ -81,17 +68,15 @@ class FileSystem(Operations):
         self, catalog: Catalog, config: Config, runtime: Runtime, mountpoint: str, on_ready: Callable[[], None]
     ) -> None:
         """`on_ready` is called once, on a thread of its own, when the mount answers."""
-        self._catalog = catalog
-        self._config = config
-        self._runtime = runtime
-        self._ending = False
+        self._catalog, self._config, self._runtime, self._on_ready = catalog, config, runtime, on_ready
         self._mountpoint = os.path.realpath(mountpoint)
-        self._on_ready = on_ready
+        self._ending = False
         self._lock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
-        self._shown: dict[Database, _Shown] = {}
+        self._shown: WeakKeyDictionary[Database, _Shown] = WeakKeyDictionary()
         self._owner = {"st_uid": os.getuid(), "st_gid": os.getgid()}
+        self._umask = 0o277 if config.read_only else 0o077
 
     def quiesce(self) -> None:
         """Let transactions that are open end, for a while, and commits that are under way in any case: SQLite takes the
@@ -127,23 +112,19 @@ class FileSystem(Operations):
 
     def getattr(self, path: str | None, info: FileInfo | None) -> Attributes:
         if info is not None:
-            handle = self._handles[info.fh]
-            if handle.side is not None:
-                return self._side_attributes(handle.side)
-            assert handle.database is not None
-            return self._file_attributes(handle.database.size, handle.database.modified_s)
-        if path is None:
-            raise OSError(errno.ESTALE, "fstat of a file that was unlinked here: the kernel does not say which")
+            return self._attributes(self._handles[info.fh].file)
+        assert path is not None
         if is_side_file(path):
-            return self._side_attributes(self._side(path))
+            return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
-        by_shown_name = "." in path.rpartition("/")[2] or (database and database.version.head.name is not None)
         shown = None if database is None else self._shown.get(database)
-        if database is not None and by_shown_name and shown and shown.handles and not database.is_gone:
-            return self._file_attributes(database.size, database.modified_s)
+        if database is not None and shown is not None and shown.handles and not database.is_gone:
+            is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
+            if not is_link:
+                return self._attributes(database)
         entry = self._catalog.lookup(path[1:])
         if entry is None:
-            raise _no_entry(path)
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)
 
     def readlink(self, path: str) -> str:
@@ -153,23 +134,40 @@ class FileSystem(Operations):
             raise OSError(errno.EINVAL, f"{path}: not a link")
         return entry.shown_as
 
-    def readdir(self, path: str) -> Iterable[tuple[str, Attributes | None]]:
+    def readdir(self, path: str) -> Iterable[tuple[str, Attributes]]:
         folder = path.strip("/")
         for name, entry in self._catalog.listing(folder):
             yield name, self._attributes(entry)
         for name in self._catalog.side_files.names_under(folder):
-            yield name, {"st_mode": stat.S_IFREG | 0o600}
+            yield name, {"st_mode": stat.S_IFREG}
 
     def unlink(self, path: str) -> None:
         if not is_side_file(path):
             return self._catalog.remove(path[1:])
-        self._side(path)
-        self._before_finalising(path)
-        self._catalog.side_files.remove(self._side_path(path))
-        return None
+        side = self._side(path)
+        self._before_finalising(side)
+        return self._catalog.side_files.remove(side.path)
 
     def rename(self, old: str, new: str) -> None:
         raise OSError(errno.EXDEV, "renaming is not supported yet; mv copies instead")
+
+    def mkdir(self, path: str, mode: int) -> None:
+        self._catalog.make_folder(path[1:])
+
+    def rmdir(self, path: str) -> None:
+        self._catalog.remove_folder(path[1:])
+
+    def mknod(self, path: str, mode: int, device: int) -> None:
+        if not stat.S_ISREG(mode):
+            self._refuse(path)
+        info = SimpleNamespace(flags=os.O_EXCL)
+        self.create(path, mode, info)
+        self.release(path, info)
+
+    def _refuse(self, path: str, *_: object) -> None:
+        raise OSError(errno.EPERM, f"{path}: only files and folders can be made here")
+
+    link = symlink = _refuse
 
     def _accept(self, path: str, *_: object) -> None:
         """Modes belong to the mount, and mtime is the time of the last commit: `cp -p` and `touch` work, no more."""
@@ -181,69 +179,64 @@ class FileSystem(Operations):
             raise OSError(errno.EPERM, "everything belongs to the user who mounted it")
 
     def statfs(self, path: str) -> Attributes:
-        free = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), STATFS_BLOCKS)
-        return {"f_bsize": STATFS_BLOCK_BYTES, "f_frsize": STATFS_BLOCK_BYTES, "f_namemax": 255, **free}
+        free = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), 2**50 // 4096)  # S3 has no end, so say 1 PiB
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_namemax": 255, **free}
 
     # --- handles ---------------------------------------------------------------------------------------
 
     def create(self, path: str, mode: int, info: FileInfo) -> None:
         exclusive = bool(info.flags & os.O_EXCL)
-        if is_side_file(path):
-            if path.endswith(SUFFIXES) and not path.endswith(JOURNAL_SUFFIX):
-                raise OSError(errno.EPERM, f"{path}: journal_mode=WAL is not supported yet")
-            self._catalog.require_writable()
-            side = self._catalog.side_files.create(self._side_path(path), mode & 0o777, exclusive)
-            self._add_handle(info, _Handle(path, None, side, Readahead(self._config.readahead_size)))
-        else:
-            self._add_database(path, info, self._catalog.create(path[1:], exclusive))
+        if not is_side_file(path):
+            self._add_database(info, self._catalog.create(path[1:], exclusive))
+            return
+        if path.endswith(SUFFIXES) and not path.endswith(JOURNAL_SUFFIX):
+            raise OSError(errno.EPERM, f"{path}: journal_mode=WAL is not supported yet")
+        self._catalog.require_writable()
+        self._add_handle(info, self._catalog.side_files.create(self._side_path(path), exclusive))
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
-            side = self._catalog.side_files.open(self._side_path(path))
-            self._add_handle(info, _Handle(path, None, side, Readahead(self._config.readahead_size)))
-            if info.flags & os.O_TRUNC:
-                self._truncate_side(path, side, 0)
-            return
-        if info.flags & os.O_ACCMODE != os.O_RDONLY:
-            self._catalog.require_writable()
-        handle = self._add_database(path, info, self._catalog.open(path[1:]))
+            handle = self._add_handle(info, self._side(path))
+        else:
+            if info.flags & os.O_ACCMODE != os.O_RDONLY:
+                self._catalog.require_writable()
+            handle = self._add_database(info, self._catalog.open(path[1:]))
         if info.flags & os.O_TRUNC:
             try:
-                self._change(handle, lambda database: database.truncate(0, handle.owners))
+                self._truncate(handle, 0)
             except BaseException:
                 self.release(None, info)
                 raise
 
     def read(self, path: str | None, size: int, offset: int, info: FileInfo) -> bytes:
         handle = self._handles[info.fh]
-        if handle.side is not None:
-            return handle.side.read(offset, size)
-        assert handle.database is not None
-        return handle.database.read(offset, size, handle.readahead)
+        if isinstance(handle.file, SideFile):
+            return handle.file.read(offset, size)
+        return handle.file.read(offset, size, handle.readahead)
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
         handle = self._handles[info.fh]
-        if handle.side is not None:
-            if offset == 0 and not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
-                self._before_finalising(handle.path, handle.side)  # journal_mode=PERSIST zeroes the header
-            elif offset == 0 and is_hot(data[:1]) and (database := self._database_of_journal(handle.path)):
-                database.journal_begins()
-            handle.side.write(offset, data)
-        else:
-            self._change(handle, lambda database: database.write(offset, data, handle.owners))
+        file = handle.file
+        if isinstance(file, Database):
+            self._require_sound(handle)
+            handle.wrote = True
+            file.write(offset, data, handle.owners)
+            return len(data)
+        if offset == 0 and not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
+            self._before_finalising(file)  # journal_mode=PERSIST zeroes the header
+        elif offset == 0 and is_hot(data[:1]) and (database := self._database_of(file)):
+            database.journal_begins()
+        file.write(offset, data)
         return len(data)
 
     def truncate(self, path: str | None, length: int, info: FileInfo | None) -> None:
         if info is not None:
-            handle = self._handles[info.fh]
-            if handle.side is not None:
-                self._truncate_side(handle.path, handle.side, length)
-            else:
-                self._change(handle, lambda database: database.truncate(length, handle.owners))
-            return None
+            self._truncate(self._handles[info.fh], length)
+            return
         assert path is not None
         if is_side_file(path):
-            return self._truncate_side(path, self._side(path), length)
+            self._truncate_side(self._side(path), length)
+            return
         database = self._catalog.open(path[1:])  # truncate(2): there is no handle whose close could publish it
         try:
             self._catalog.require_writable()
@@ -251,67 +244,59 @@ class FileSystem(Operations):
             database.close_handle(context_pid())
         finally:
             self._catalog.release(database)
-        return None
 
     def fsync(self, path: str | None, datasync: int, info: FileInfo) -> None:
         handle = self._handles[info.fh]
-        if handle.database is not None:
-            self._inode_of(handle)
-            self._require_sound(handle)
-            self._durably(handle, lambda database: database.sync(context_pid(), self._is_foreign))
+        if isinstance(database := handle.file, Database):
+            self._inode_of(database)
+            self._durably(handle, database, lambda: database.sync(context_pid(), self._is_foreign))
 
     def fsyncdir(self, path: str | None, datasync: int, handle: int) -> None:
         """Unlinking and creating are durable when they return."""
 
     def flush(self, path: str | None, info: FileInfo) -> None:
         handle = self._handles[info.fh]
-        database = handle.database
-        if database is None:
+        database = handle.file
+        if isinstance(database, SideFile):
             return
-        self._inode_of(handle)
+        self._inode_of(database)
         if database.owner_closes(info.lock_owner):
             with self._lock:
                 for other in self._handles.values():
-                    if other.database is database and info.lock_owner in other.owners:
+                    if other.file is database and info.lock_owner in other.owners:
                         other.failed = True
             if handle.wrote:  # not SQLite, which unlocks before it closes: do not let it think that it was written
-                raise OSError(errno.EIO, f"{handle.path}: closed in the middle of a transaction, which is lost")
-            return
-        self._require_sound(handle)
-        if handle.wrote:
-            self._durably(handle, lambda database: database.close_handle(context_pid()))
+                raise OSError(errno.EIO, f"{database.path}: closed in the middle of a transaction, which is lost")
+        elif handle.wrote:
+            self._durably(handle, database, lambda: database.close_handle(context_pid()))
+        else:
+            self._require_sound(handle)
 
     def release(self, path: str | None, info: FileInfo) -> None:
         with self._lock:
-            handle = self._handles.pop(info.fh)
-            database = handle.database
-            if database is not None:
-                shown = self._shown[database]
-                shown.handles -= 1
-                if shown.handles == 0:
-                    known = shown.inode is not None and not shown.stale and not database.is_dirty
-                    shown.pages_of = database.version.head.commit if known else None
-                    shown.inode = None  # the kernel may forget it now, and give the number away
-                    shown.stale = False
-                    if database.is_gone:
-                        del self._shown[database]
-        if database is not None:
-            self._catalog.release(database)
-        else:
-            assert handle.side is not None
-            self._catalog.side_files.release(handle.side)
+            database = self._handles.pop(info.fh).file
+            if isinstance(database, SideFile):
+                return
+            shown = self._shown[database]
+            shown.handles -= 1
+            if shown.handles == 0:
+                known = shown.inode is not None and not shown.stale and not database.is_dirty
+                shown.pages_of = database.version.head.commit if known else None
+                shown.inode = None  # the kernel may forget it now, and give the number away
+                shown.stale = False
+        self._catalog.release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
 
     def lock(self, path: str | None, info: FileInfo, command: int, lock: Flock) -> None:
-        handle = self._handles[info.fh]
-        database, owner = handle.database, info.lock_owner
-        start, end = lock.l_start, lock.l_start + lock.l_len - 1 if lock.l_len else TO_END
-        if database is None:
+        handle, owner = self._handles[info.fh], info.lock_owner
+        database = handle.file
+        if isinstance(database, SideFile):
             if lock.l_type != F_UNLCK:  # SQLite never locks a journal
-                raise OSError(errno.ENOLCK, f"{handle.path}: side files cannot be locked")
+                raise OSError(errno.ENOLCK, f"{database.path}: side files cannot be locked")
             return
-        self._inode_of(handle)
+        self._inode_of(database)
+        start, end = lock.l_start, lock.l_start + lock.l_len - 1 if lock.l_len else TO_END
         if lock.l_type == F_UNLCK and command != F_GETLK:
             database.unlock(owner, start, end)
             return
@@ -320,8 +305,7 @@ class FileSystem(Operations):
             conflict = database.locks.test(owner, kind, start, end)
             lock.l_type = F_UNLCK
             if conflict is not None:
-                lock.l_type = F_WRLCK if conflict.kind is Kind.WRITE else F_RDLCK
-                lock.l_start, lock.l_pid = conflict.start, conflict.pid
+                lock.l_type, lock.l_start, lock.l_pid = conflict.kind.value, conflict.start, conflict.pid
                 lock.l_len = 0 if conflict.end == TO_END else conflict.end - conflict.start + 1
             return
         if self._ending and kind is Kind.WRITE and database.locks.level(owner) < Level.RESERVED:
@@ -334,51 +318,53 @@ class FileSystem(Operations):
 
     # --- helpers ---------------------------------------------------------------------------------------
 
-    def _change(self, handle: _Handle, change: Callable[[Database], None]) -> None:
-        self._require_sound(handle)
-        assert handle.database is not None
-        handle.wrote = True
-        change(handle.database)
+    def _truncate(self, handle: _Handle, length: int) -> None:
+        if isinstance(handle.file, SideFile):
+            self._truncate_side(handle.file, length)
+        else:
+            self._require_sound(handle)
+            handle.wrote = True
+            handle.file.truncate(length, handle.owners)
 
-    def _durably(self, handle: _Handle, publish: Callable[[Database], None]) -> None:
+    def _truncate_side(self, side: SideFile, length: int) -> None:
+        if length == 0:
+            self._before_finalising(side)
+        side.truncate(length)
+
+    def _durably(self, handle: _Handle, database: Database, publish: Callable[[], None]) -> None:
         """Run a commit point that no lock protects: if it fails, everything written through the handle is lost."""
-        assert handle.database is not None
+        self._require_sound(handle)
         try:
-            publish(handle.database)
+            publish()
         except BaseException:
-            if not handle.database.locks.writers():
-                handle.failed = True
+            handle.failed |= not database.locks.writers()
             raise
 
     @staticmethod
     def _require_sound(handle: _Handle) -> None:
         if handle.failed:
-            raise OSError(errno.EIO, f"{handle.path}: what was written through this descriptor is lost; open it again")
+            path = handle.file.path
+            raise OSError(errno.EIO, f"{path}: what was written through this descriptor is lost; open it again")
 
-    def _truncate_side(self, path: str, side: SideFile, length: int) -> None:
-        if length == 0:
-            self._before_finalising(path, side)
-        side.truncate(length)
-
-    def _before_finalising(self, path: str, side: SideFile | None = None) -> None:
+    def _before_finalising(self, side: SideFile) -> None:
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
-        if side is not None and not side.linked:
-            raise OSError(errno.EIO, f"{path}: was removed; its transaction is lost")
-        database = self._database_of_journal(path)
+        if not side.linked:
+            raise OSError(errno.EIO, f"{side.path}: was removed; its transaction is lost")
+        database = self._database_of(side)
         if database is not None:
             database.finalise_journal(context_pid())
-        elif not path.endswith(SUFFIXES):
+        elif not side.path.endswith(SUFFIXES):
             for database in sorted(self._catalog.opened(), key=lambda each: each.prefix):
-                database.finalise_super_journal(self._mountpoint + path, context_pid())
+                database.finalise_super_journal(f"{self._mountpoint}/{side.path}", context_pid())
 
-    def _database_of_journal(self, path: str) -> Database | None:
-        name = path[1:].removesuffix(JOURNAL_SUFFIX)
-        return self._catalog.opened_at(name) if path.endswith(JOURNAL_SUFFIX) else None
+    def _database_of(self, side: SideFile) -> Database | None:
+        stem = side.path.removesuffix(JOURNAL_SUFFIX)
+        return self._catalog.opened_at(stem) if stem != side.path else None
 
     def _side(self, path: str) -> SideFile:
         side = self._catalog.side_files.get(self._side_path(path))
         if side is None:
-            raise _no_entry(path)
+            raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return side
 
     def _is_foreign(self, super_journal: str) -> bool:
@@ -386,14 +372,11 @@ class FileSystem(Operations):
 
     def _side_path(self, path: str) -> str:
         """Where the side file of a database lies, whichever of its names was used."""
-        for suffix in SUFFIXES:
-            if path.endswith(suffix):
-                database = self._catalog.opened_at(path[1 : -len(suffix)])
-                if database is not None:
-                    return database.path + suffix
-        return path[1:]
+        stem, dash, kind = path[1:].rpartition("-")
+        database = self._catalog.opened_at(stem) if dash + kind in SUFFIXES else None
+        return path[1:] if database is None else f"{database.path}-{kind}"
 
-    def _add_database(self, path: str, info: FileInfo, database: Database) -> _Handle:
+    def _add_database(self, info: FileInfo, database: Database) -> _Handle:
         with self._lock:
             shown = self._shown.setdefault(database, _Shown())
             shown.handles += 1
@@ -401,40 +384,35 @@ class FileSystem(Operations):
             current = shown.inode is not None or shown.pages_of == database.version.head.commit
             info.keep_cache = int(current and not shown.stale)
             database.on_moved = partial(self._invalidate, database)
-            self._shown = {d: s for d, s in self._shown.items() if s.handles or d is self._catalog.opened_at(d.path)}
-        return self._add_handle(info, _Handle(path, database, None, Readahead(self._config.readahead_size)))
+        return self._add_handle(info, database)
 
-    def _add_handle(self, info: FileInfo, handle: _Handle) -> _Handle:
+    def _add_handle(self, info: FileInfo, file: Database | SideFile) -> _Handle:
+        handle = _Handle(file, Readahead(self._config.readahead_size))
         with self._lock:
             info.fh = next(self._numbers)
             self._handles[info.fh] = handle
         return handle
 
-    def _inode_of(self, handle: _Handle) -> None:
-        """Learn the inode number while the handle keeps it alive: the kernel's own number is what stat shows."""
-        assert handle.database is not None
-        shown = self._shown[handle.database]
-        if shown.inode is None and not handle.database.is_gone:
-            try:
-                inode = self.mounted.inode(handle.path)
-            except FileNotFoundError:
-                log.debug("%s: unlinked while open", handle.path)
+    def _inode_of(self, database: Database) -> None:
+        """Learn the inode number while a handle keeps it alive: the kernel's own number is what stat shows."""
+        shown = self._shown[database]
+        if shown.inode is not None or database.is_gone:
+            return
+        try:
+            inode = self.mounted.inode(f"/{database.path}")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTCONN):  # unlinked, or the mount is ending: nothing to invalidate
                 return
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:  # the mount is ending: there is nothing to invalidate any more
-                    raise
-                return
-            with self._lock:
-                shown.inode = inode
-                stale, shown.stale = shown.stale, False
-            if stale:  # also when the last open dropped the pages: its answer may still be on its way
-                self._invalidate(handle.database)
+            raise
+        with self._lock:
+            shown.inode = inode
+            stale, shown.stale = shown.stale, False
+        if stale:  # also when the last open dropped the pages: its answer may still be on its way
+            self._invalidate(database)
 
     def _invalidate(self, database: Database) -> None:
         """Drop the kernel's pages and attributes of a database."""
-        shown = self._shown.get(database)
-        if shown is None:
-            return
+        shown = self._shown[database]
         with self._lock:
             inode = shown.inode
             shown.stale = inode is None
@@ -445,24 +423,11 @@ class FileSystem(Operations):
                 if error.errno != errno.ENOTCONN:
                     raise
 
-    def _attributes(self, entry: Entry) -> Attributes:
-        if entry.is_folder:
-            mode = stat.S_IFDIR | (0o500 if self._config.read_only else 0o700)
-            return {"st_mode": mode, "st_nlink": 1, "st_size": 0, **self._owner}
-        if entry.shown_as is not None:
-            return {"st_mode": stat.S_IFLNK | 0o777, "st_nlink": 1, "st_size": len(entry.shown_as), **self._owner}
-        return self._file_attributes(entry.size, entry.modified_s)
-
-    def _file_attributes(self, size: int, modified_s: float) -> Attributes:
-        mode = stat.S_IFREG | (0o400 if self._config.read_only else 0o600)
-        times = dict.fromkeys(("st_mtime", "st_ctime", "st_atime"), int(modified_s * 1e9))
+    def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
+        mode, size = stat.S_IFREG | 0o666 & ~self._umask, file.size
+        if isinstance(file, Entry) and file.is_folder:
+            mode = stat.S_IFDIR | 0o777 & ~self._umask
+        elif isinstance(file, Entry) and file.shown_as is not None:
+            mode, size = stat.S_IFLNK | 0o777, len(os.fsencode(file.shown_as))
+        times = dict.fromkeys(("st_mtime", "st_ctime", "st_atime"), int(file.modified_s * 1e9))
         return {"st_mode": mode, "st_nlink": 1, "st_size": size, "st_blocks": -(-size // 512), **times, **self._owner}
-
-    def _side_attributes(self, side: SideFile) -> Attributes:
-        size = side.size
-        mode = stat.S_IFREG | side.mode
-        return {"st_mode": mode, "st_nlink": 1, "st_size": size, "st_blocks": -(-size // 512), **self._owner}
-
-
-def _no_entry(path: str) -> OSError:
-    return OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)

@@ -6,11 +6,9 @@ HEADER_BYTES = 100
 #: File format write and read version: 1 for rollback journals, 2 for WAL.
 VERSIONS_AT, WAL_VERSION = 18, 2
 
-#: The change counter; SQLite drops its page cache only when bytes 24..39 change.
-COUNTER_AT = 24
-
-#: The counter for which the page count (bytes 28..31) is valid.
-VALID_FOR_AT = 92
+#: The change counter (SQLite drops its page cache only when bytes 24..39 change), and the counter for which the page
+#: count (bytes 28..31) is valid.
+COUNTER_AT, VALID_FOR_AT = 24, 92
 
 
 def is_database(header: bytes) -> bool:
@@ -40,19 +38,16 @@ def file_size(header: bytes) -> int | None:
 
 def without_counter(offset: int, data: bytes) -> bytes:
     """`data` from file offset `offset` with both counters zeroed, for comparing."""
-    if offset >= VALID_FOR_AT + 4:
-        return data
-    masked = bytearray(data)
     for field in (COUNTER_AT, VALID_FOR_AT):
-        for byte in range(max(field, offset), min(field + 4, offset + len(data))):
-            masked[byte - offset] = 0
-    return bytes(masked)
+        low, high = max(field - offset, 0), min(field + 4 - offset, len(data))
+        if low < high:
+            data = data[:low] + bytes(high - low) + data[high:]
+    return data
 
 
 def sets_wal(offset: int, data: bytes) -> bool:
     """Whether a write of `data` at `offset` switches the file to WAL."""
-    low, high = max(0, VERSIONS_AT - offset), max(0, VERSIONS_AT + 2 - offset)
-    return WAL_VERSION in data[low:high]
+    return WAL_VERSION in data[max(0, VERSIONS_AT - offset) : max(0, VERSIONS_AT + 2 - offset)]
 
 
 def in_rollback_mode(offset: int, data: bytes) -> bytes:

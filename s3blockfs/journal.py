@@ -7,7 +7,6 @@ Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from s3blockfs.header import without_counter
 
@@ -16,16 +15,11 @@ HEADER_BYTES = 28
 
 _HEADER = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector size, page size
 _ALL_RECORDS = 0xFFFFFFFF
+_SECTOR_SIZES = {1 << n for n in range(5, 17)}
+_PAGE_SIZES = {1 << n for n in range(9, 17)}
 
 #: (offset, length) -> bytes, fewer at the end.
 Reader = Callable[[int, int], bytes]
-
-
-class PageImage(NamedTuple):
-    """What `offset`..`offset + len(data)` of the database held before the transaction."""
-
-    offset: int
-    data: bytes
 
 
 def is_hot(first_byte: bytes) -> bool:
@@ -33,16 +27,16 @@ def is_hot(first_byte: bytes) -> bool:
     return first_byte not in (b"", b"\0")
 
 
-def page_images(read: Reader, size: int) -> Iterator[PageImage]:
-    """The images with a valid checksum, in order; stops at the first that is not valid, as SQLite's play-back does.
-    A stale record of an earlier transaction (PERSIST) fails its checksum, because every header draws a new nonce."""
+def page_images(read: Reader, size: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, what the database held there before the transaction) of the images with a valid checksum, in order.
+    Stops at the first that is not valid, as SQLite's play-back does. A stale record of an earlier transaction (PERSIST)
+    fails its checksum, because every header draws a new nonce."""
     start = 0
     while start + HEADER_BYTES <= size:
         magic, records, nonce, _, sector, page = _HEADER.unpack(read(start, HEADER_BYTES))
-        if magic != MAGIC or not _is_power_of_two(sector, 32, 65536) or not _is_power_of_two(page, 512, 65536):
+        if magic != MAGIC or sector not in _SECTOR_SIZES or page not in _PAGE_SIZES:
             return
-        pos = start + sector
-        record_bytes = page + 8
+        pos, record_bytes = start + sector, page + 8
         if records in (0, _ALL_RECORDS):  # never synced: SQLite goes by the size of the file
             records = max(0, size - pos) // record_bytes
         for _ in range(records):
@@ -52,7 +46,7 @@ def page_images(read: Reader, size: int) -> Iterator[PageImage]:
             number, image = int.from_bytes(record[:4], "big"), record[4 : 4 + page]
             if number == 0 or checksum(nonce, image) != int.from_bytes(record[-4:], "big"):
                 return
-            yield PageImage((number - 1) * page, image)
+            yield (number - 1) * page, image
             pos += record_bytes
         start = -(-pos // sector) * sector
 
@@ -62,9 +56,8 @@ def super_journal(read: Reader, size: int) -> str | None:
     Layout, from the end: magic (8), checksum of the name (4), its length (4), the name; pager.c, readSuperJournal."""
     if size < 16 + len(MAGIC):
         return None
-    end = read(size - 16, 16)
-    length, total = int.from_bytes(end[:4], "big"), int.from_bytes(end[4:8], "big")
-    if end[8:] != MAGIC or not 0 < length <= min(4096, size - 16):
+    length, total, magic = struct.unpack(">II8s", read(size - 16, 16))
+    if magic != MAGIC or not 0 < length <= min(4096, size - 16):
         return None
     name = read(size - 16 - length, length)
     signed = sum(byte - 256 if byte > 127 else byte for byte in name)
@@ -83,14 +76,14 @@ def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], re
     is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew."""
     rows = _union(dirty)
     covered: list[tuple[int, int]] = []
-    for image in page_images(read, size):
-        low, high = image.offset, image.offset + len(image.data)
+    for low, image in page_images(read, size):
+        high = low + len(image)
         row = max(0, bisect_right(rows, (low, high)) - 1)
         while row < len(rows) and rows[row][0] < high:
             start, end = max(rows[row][0], low), min(rows[row][1], high)
             row += 1
             if start < end:
-                was, now = image.data[start - low : end - low], read_dirty(start, end - start)
+                was, now = image[start - low : end - low], read_dirty(start, end - start)
                 if without_counter(start, was) != without_counter(start, now):
                     return False
                 covered.append((start, end))
@@ -106,7 +99,3 @@ def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             result.append((start, end))
     return result
-
-
-def _is_power_of_two(value: int, low: int, high: int) -> bool:
-    return low <= value <= high and value & (value - 1) == 0

@@ -9,6 +9,7 @@ that one owner holds for WRITE is held by another.
 """
 
 import errno
+import fcntl
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, IntEnum
@@ -18,18 +19,16 @@ from typing import NamedTuple
 TO_END = 2**63 - 1
 
 #: Where SQLite locks a database file: https://sqlite.org/lockingv3.html, `PENDING_BYTE` in its src/os.h.
-PENDING_BYTE = 0x40000000
-RESERVED_BYTE = PENDING_BYTE + 1
-SHARED_FIRST = PENDING_BYTE + 2
-SHARED_SIZE = 510
+PENDING_BYTE, RESERVED_BYTE = 0x40000000, 0x40000001
+SHARED_FIRST, SHARED_SIZE = 0x40000002, 510
 
 #: How often a waiter asks whether its caller gave up, in seconds: a killed process stays until its waiter answers.
 POLL_S = 0.05
 
 
 class Kind(Enum):
-    READ = "read"  # shared with other READs
-    WRITE = "write"  # excludes every other owner
+    READ = fcntl.F_RDLCK  # shared with other READs
+    WRITE = fcntl.F_WRLCK  # excludes every other owner
 
 
 class Level(IntEnum):
@@ -42,7 +41,7 @@ class Level(IntEnum):
 
 
 class Lock(NamedTuple):
-    """One lock that is held; as the answer to a request, the one of another owner that is in the way."""
+    """One lock that is held; as an answer, the one of another owner that is in the way."""
 
     owner: Hashable
     kind: Kind
@@ -108,8 +107,8 @@ class RangeLocks:
             return Level.EXCLUSIVE
         if any(lock.overlaps(PENDING_BYTE, RESERVED_BYTE) for lock in written):
             return Level.RESERVED
-        reads = any(lock.overlaps(SHARED_FIRST, last) for lock in own)  # any byte: whoever might read counts
-        return Level.SHARED if reads else Level.NONE
+        # Any byte of the range: whoever might read counts.
+        return Level.SHARED if any(lock.overlaps(SHARED_FIRST, last) for lock in own) else Level.NONE
 
     def writers(self) -> list[tuple[Hashable, int]]:
         """(owner, pid) of everybody at RESERVED or above."""

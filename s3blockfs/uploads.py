@@ -32,7 +32,7 @@ class Uploads:
         self._block_size = base.block_size
         self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
         self._patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
-        self._most = max(1, config.upload_memory // OBJECT_BYTES)
+        self._most = max(1, config.memory // OBJECT_BYTES)
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}
         """Which slot holds each block that is still as uploaded."""
 

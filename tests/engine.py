@@ -315,8 +315,7 @@ class Process:
 
     def write_journal(self, super_name: str | None = None, page: int = 4096) -> None:
         self.images = self.database.read(0, self.database.size)
-        side = self.machine.side_files.create(self.journal_path, 0o600, False)
-        self.machine.side_files.release(side)
+        side = self.machine.side_files.create(self.journal_path)
         self.database.journal_begins()
         side.write(0, build_journal(self.images, page, super_name))
 

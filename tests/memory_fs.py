@@ -19,23 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from fcntl import F_GETLK, F_RDLCK, F_SETLKW, F_UNLCK, F_WRLCK
 from pathlib import Path
 from typing import Any
 
 from s3blockfs.errors import Busy, S3BlockFSError
-from s3blockfs.fuse_binding import (
-    F_GETLK,
-    F_RDLCK,
-    F_SETLKW,
-    F_UNLCK,
-    F_WRLCK,
-    Attributes,
-    FileInfo,
-    Flock,
-    Operations,
-    context_pid,
-    mount,
-)
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid, mount
 from s3blockfs.locks import TO_END, Kind, RangeLocks
 
 EXCEPTIONS: dict[str, tuple[Callable[[], BaseException], int]] = {

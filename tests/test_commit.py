@@ -130,7 +130,7 @@ def test_nothing_dirty_is_no_request(world: World) -> None:
 
 
 def test_the_memory_of_uploads_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large the commit, no more than `upload_memory` is in flight, and as much as that in parallel."""
+    """However large the commit, no more than `memory` is in flight, and as much as that in parallel."""
 
     class LazyFuture(Future[T]):
         """Runs when it is asked for, so what was submitted and not awaited is in flight for sure."""
@@ -163,7 +163,7 @@ def test_the_memory_of_uploads_is_bounded(world: World, monkeypatch: pytest.Monk
 
     flying = peak = 0
     with World(LazyRuntime()) as lazy:
-        database = new_database(lazy, upload_memory=3 * data.OBJECT_BYTES)
+        database = new_database(lazy, memory=3 * data.OBJECT_BYTES)
         for start in range(0, 10 * data.OBJECT_BYTES, MIB):
             database.write(start, noise(1024, start) * 1024)
         database.write(10 * data.OBJECT_BYTES + 5, b"not whole")

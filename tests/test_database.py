@@ -60,7 +60,7 @@ def test_without_a_journal_fsync_and_close_publish(scene: Scene, ask: str) -> No
 def test_a_cold_journal_does_not_hold_publishing_back(scene: Scene, ask: str) -> None:
     """A journal that is empty or begins with a zero (TRUNCATE, PERSIST) is none."""
     for content in (b"", bytes(600)):
-        side = scene.machine.side_files.create(PREFIX + "-journal", 0o600, False)
+        side = scene.machine.side_files.create(PREFIX + "-journal")
         side.write(0, content)
         before = scene.swaps()
         scene.database.write(PAGE, random.randbytes(10))
@@ -307,8 +307,7 @@ def test_a_commit_that_fails_before_it_is_sent(world: World) -> None:
     writer = Process(machine, database, 1)
     writer.shared()
     writer.reserved()
-    side = machine.side_files.create(writer.journal_path, 0o600, True)
-    machine.side_files.release(side)
+    side = machine.side_files.create(writer.journal_path, exclusive=True)
     side.write(0, build_journal(bytes(PAGE), PAGE))
     database.journal_begins()
     writer.exclusive()

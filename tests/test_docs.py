@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from s3blockfs import errors
-from s3blockfs.cli.main import COMMANDS
+from s3blockfs.cli.main import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -57,7 +57,7 @@ def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path
 
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    for command in COMMANDS:
+    for command in commands.commands:
         assert f"| `s3blockfs {command} " in readme
 
 

@@ -5,7 +5,6 @@ Processes are found by their working directory, which is the server's.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -27,7 +26,6 @@ import pytest
 from servers import seaweed
 
 from s3blockfs import embedded
-from s3blockfs.cli import serve_cmd
 from s3blockfs.embedded import EmbeddedServer, Endpoint
 from s3blockfs.errors import EnvironmentProblem
 from s3blockfs.runtime import Runtime
@@ -45,12 +43,9 @@ with EmbeddedServer.join(Path(sys.argv[1]), Runtime()) as server:
     sys.stdin.read()
 """
 SERVE = """
-import argparse, sys
-from s3blockfs.cli import serve_cmd
-parser = argparse.ArgumentParser()
-serve_cmd.add_parser(parser.add_subparsers())
-options = parser.parse_args(["serve", sys.argv[1]])
-sys.exit(options.run(options))
+import sys
+from s3blockfs.cli.main import main
+sys.exit(main(["serve", sys.argv[1]]))
 """
 
 
@@ -447,9 +442,3 @@ def test_ctrl_c_in_the_terminal_of_the_first_user_spares_the_server(tmp_path: Pa
         first.process.communicate(timeout=30)
         assert pid_of(directory) == pid
         client(second.endpoint).list_buckets()
-
-
-def test_serve_takes_a_directory() -> None:
-    parser = argparse.ArgumentParser()
-    serve_cmd.add_parser(parser.add_subparsers())
-    assert parser.parse_args(["serve", "some/dir"]).directory == Path("some/dir")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fcntl import F_RDLCK, F_UNLCK, F_WRLCK
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from memory_fs import EXCEPTIONS, Daemon, mount_line, until
 
 from s3blockfs import mountpoint
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
-from s3blockfs.fuse_binding import F_RDLCK, F_UNLCK, F_WRLCK, Operations, mount
+from s3blockfs.fuse_binding import Operations, mount
 from s3blockfs.locks import TO_END
 from s3blockfs.mountpoint import clear_dead_mount, require, unmount
 

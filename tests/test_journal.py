@@ -70,8 +70,8 @@ def played_back(path: Path, hot: bytes) -> bytes:
     """The database file with the images put back, as SQLite does it: the file gets its old size again."""
     data = bytearray(path.read_bytes())
     page_size = int.from_bytes(hot[24:28], "big")
-    for image in page_images(reader(hot), len(hot)):
-        data[image.offset : image.offset + len(image.data)] = image.data
+    for offset, image in page_images(reader(hot), len(hot)):
+        data[offset : offset + len(image)] = image
     return bytes(data[: int.from_bytes(hot[16:20], "big") * page_size])
 
 
@@ -128,7 +128,7 @@ def test_the_journals_at_hand_are_of_every_shape(tmp_path: Path) -> None:
     for number, kind in enumerate(("persist, stale records", "persist, stale, unsynced")):
         create(tmp_path / f"{number}.db")
         stale = killed(tmp_path / f"{number}.db", *KILLS[kind])
-        used = sum(len(image.data) + 8 for image in page_images(reader(stale), len(stale)))
+        used = sum(len(image) + 8 for _, image in page_images(reader(stale), len(stale)))
         assert 0 < used < len(stale) - 20 * 4104
 
 
@@ -342,7 +342,7 @@ def test_one_other_byte_is_a_change(rolled_back: Finalised) -> None:
 
 def test_dirty_bytes_without_an_image_are_a_change(rolled_back: Finalised) -> None:
     """Also when they lie before, between or behind the pages that have one, whatever they hold."""
-    pages = {image.offset for image in page_images(reader(rolled_back.journal), len(rolled_back.journal))}
+    pages = {offset for offset, _ in page_images(reader(rolled_back.journal), len(rolled_back.journal))}
     size = len(rolled_back.content)
     without = [at for at in range(0, size, 4096) if at not in pages]
     assert without and pages

@@ -1,10 +1,10 @@
 """The `s3blockfs` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
-A command is a module `cli/<name>_cmd.py` with `add_parser(subparsers)`, which sets `run=function(namespace) -> int`.
-These modules import what is slow (boto3, libfuse, SQLite) inside `run`, so that `--help` is instant.
+A command is a function `run` in a module `cli/<name>_cmd.py`, see `options.command`. These modules import what is slow
+(boto3, libfuse, SQLite) inside `run`, so that `--help` is instant.
 """
 
-import argparse
+import getopt
 import importlib
 import os
 import signal
@@ -14,46 +14,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from s3blockfs import __version__, telemetry
-from s3blockfs.cli.options import COMMON
-from s3blockfs.errors import S3BlockFSError, UsageError
+import click
 
-COMMANDS = ("mount", "umount", "ls", "doctor", "serve")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Usage errors are one line like all others, and name the help to read."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `{self.prog} --help`")
+from s3blockfs import __version__
+from s3blockfs.cli.options import Settings
+from s3blockfs.errors import S3BlockFSError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command's sub-parser."""
-    parser = _Parser(prog="s3blockfs", description="SQLite databases in S3 that behave like ordinary local files.")
-    parser.add_argument("--version", action="version", version=f"s3blockfs {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        importlib.import_module(f"s3blockfs.cli.{name}_cmd").add_parser(subparsers)
-    for command in subparsers.choices.values():
-        for option in COMMON:
-            option.add_to(command)
-    return parser
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def commands() -> None:
+    """SQLite databases in S3 that behave like ordinary local files."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; argparse's own exits (--help, --version) are SystemExit."""
-    namespace = argparse.Namespace(debug=None)
+for _name in ("mount", "umount", "ls", "doctor", "serve"):
+    commands.add_command(importlib.import_module(f"s3blockfs.cli.{_name}_cmd").run)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    settings = Settings(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        build_parser().parse_args(argv, namespace)
-        telemetry.setup_logging("debug" if namespace.debug else namespace.log_level, namespace.log_file)
-        code: int = namespace.run(namespace)
+        try:
+            # Not `commands.main`: it has its own ideas of Ctrl-C and of closed pipes.
+            with commands.make_context("s3blockfs", settings.arguments[:], obj=settings) as context:
+                code = commands.invoke(context) or 0
+        except click.exceptions.Exit as done:  # --help and --version
+            code = done.exit_code
         sys.stdout.flush()  # here, so that a closed pipe shows now and not while Python shuts down
         return code
-    except S3BlockFSError as error:
-        if namespace.debug:
+    except (S3BlockFSError, click.ClickException) as error:
+        if settings.debug:
             traceback.print_exc()
-        print(f"s3blockfs: {error}", file=sys.stderr)
+        print(f"s3blockfs: {_in_one_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -64,6 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
+def _in_one_line(error: S3BlockFSError | click.ClickException) -> str:
+    """Usage errors name the help to read."""
+    if isinstance(error, S3BlockFSError):
+        return str(error)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "s3blockfs"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see `{command} --help`"
+
+
 def entry() -> NoReturn:
     """The console script."""
     sys.exit(main())
+
+
+def mount_entry() -> NoReturn:
+    """The console script `mount.s3blockfs SOURCE DIR [-sfnv] [-o OPTIONS] [-t TYPE]`, as mount(8) calls it."""
+    try:
+        given, places = getopt.gnu_getopt(sys.argv[1:], "sfnvo:t:")
+    except getopt.GetoptError as error:
+        sys.exit(f"mount.s3blockfs: {error}; mount(8) calls this, people call `s3blockfs mount`")
+    options = [part for name, value in given if name in ("-o", "-s") for part in ("-o", value or "sloppy")]
+    sys.exit(0 if ("-f", "") in given else main(["mount", *options, "--", *places]))

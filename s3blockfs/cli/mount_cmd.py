@@ -1,36 +1,66 @@
 """`s3blockfs mount BUCKET[/PREFIX] DIR`."""
 
-import argparse
 import contextlib
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+import click
 
 from s3blockfs import notify
-from s3blockfs.cli.options import add_command, config_from, open_store, parse_target
+from s3blockfs.cli import options
 from s3blockfs.errors import EnvironmentProblem, UsageError
-from s3blockfs.runtime import Runtime
 
 #: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
 DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
 READY = b"ready\n"
 
-
-def add_parser(subparsers: Any) -> None:
-    text = "Show every database under BUCKET/PREFIX as a file in DIR. Returns when the mount answers."
-    parser = add_command(subparsers, "mount", run, "show the databases of a bucket as files", text)
-    parser.add_argument("target", metavar="BUCKET[/PREFIX]", help="what to mount; s3://BUCKET/PREFIX works too")
-    parser.add_argument("directory", metavar="DIR", help="an existing, empty directory")
-    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground until unmounted")
+#: Options of mount(8) and fstab(5) that say nothing to a file system in user space.
+_GENERIC = re.compile(
+    "(no)?(auto|user|users|owner|group|fail|dev|suid|exec|atime|diratime|relatime|strictatime|lazytime|mand|iversion)"
+    "|defaults|rw|_netdev|a?sync|dirsync|silent|loud|sloppy|(comment|user)=.*|[xX]-.*"
+)
 
 
-def run(namespace: argparse.Namespace) -> int:
-    parse_target(namespace.target)
-    if DAEMON_VARIABLE in os.environ or namespace.foreground:
-        return _serve(namespace)
+class _Mount(options.Command):
+    """Reads `-o` as the flags it stands for; flags on the command line come behind them and win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        items = [item for text in given.get("fstab", ()) for item in text.split(",") if item]
+        flags = (self._flag(item, ctx, "sloppy" in items) for item in items)
+        return super().parse_args(ctx, [*filter(None, flags), *args])
+
+    def _flag(self, item: str, ctx: click.Context, sloppy: bool) -> str | None:
+        name, equals, value = item.partition("=")
+        flag = "--read-only" if name == "ro" else "--" + name.replace("_", "-")
+        for option in self.params:
+            if flag in option.opts and isinstance(option, click.Option):
+                if option.is_flag == bool(equals):
+                    raise click.UsageError(
+                        f"mount option {item!r}: {name} {'takes no' if equals else 'needs a'} value", ctx
+                    )
+                return flag + equals + value
+        if not sloppy and not _GENERIC.fullmatch(item):
+            raise click.UsageError(f"mount option {item!r} is unknown", ctx)
+        return None
+
+
+@click.command("mount", cls=_Mount, mount=True, short_help="show the databases of a bucket as files")
+@click.argument("target", type=options.target, metavar="BUCKET[/PREFIX]")
+@click.argument("directory", metavar="DIR")
+@click.option("-f", "--foreground", is_flag=True, help="stay in the foreground until unmounted")
+@click.option(
+    *("-o", "fstab"), multiple=True, expose_value=False, metavar="OPTION[=VALUE],...", help="options as in /etc/fstab"
+)
+def run(target: options.Target, directory: str, foreground: bool) -> int:
+    """Show every database under BUCKET/PREFIX as a file in DIR, an existing, empty directory.
+    Returns when the mount answers."""
+    if DAEMON_VARIABLE in os.environ or foreground:
+        return _serve(target, directory)
     return _in_background()
 
 
@@ -38,7 +68,7 @@ def _in_background() -> int:
     """Start the same command as a daemon; 0 when the mount answers, its exit code and message when it does not.
     A new process instead of a fork: nothing of this one's threads and connections gets into the daemon."""
     daemon = subprocess.Popen(
-        [sys.executable, "-m", "s3blockfs", *sys.argv[1:]],
+        [sys.executable, "-m", "s3blockfs", *options.settings().arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env={**os.environ, DAEMON_VARIABLE: "1"},
@@ -53,42 +83,36 @@ def _in_background() -> int:
     return daemon.wait() or EnvironmentProblem.exit_code
 
 
-def _serve(namespace: argparse.Namespace) -> int:
+def _serve(target: options.Target, given: str) -> int:
     from s3blockfs import fuse_binding, mountpoint  # needs libfuse
     from s3blockfs.catalog import Catalog
     from s3blockfs.fuse_ops import FileSystem
 
-    target, config = parse_target(namespace.target), config_from(namespace)
-    in_background = os.environ.pop(DAEMON_VARIABLE, None)
+    config, in_background = options.settings().config, os.environ.pop(DAEMON_VARIABLE, None)
     mountpoint.require()
-    if mountpoint.clear_dead_mount(namespace.directory):
-        print(f"s3blockfs: cleared a dead mount on {namespace.directory}", file=sys.stderr)
-    directory = Path(namespace.directory).resolve()
+    if mountpoint.clear_dead_mount(given):
+        print(f"s3blockfs: cleared a dead mount on {given}", file=sys.stderr)
+    directory = Path(given).resolve()
     if not directory.is_dir():
-        raise UsageError(f"{namespace.directory}: no such directory; create it with mkdir")
+        raise UsageError(f"{given}: no such directory; create it with mkdir")
     if os.path.ismount(directory):
-        raise UsageError(f"{namespace.directory}: something is mounted there already; s3blockfs umount it first")
-    runtime = Runtime()
-    with open_store(namespace, target, runtime) as store:
+        raise UsageError(f"{given}: something is mounted there already; s3blockfs umount it first")
+
+    def ready() -> None:
+        notify.ready(f"{target} on {directory}")
+        if in_background:
+            _detach()
+
+    with options.opened(target) as (catalog, store, runtime):
         store.check_bucket(target.prefix)
-        catalog = Catalog(store, runtime, config, target.prefix)
-        entry = Catalog(store, runtime, config, "").lookup(target.prefix) if target.prefix else None
+        entry = Catalog(store, runtime, config, "").lookup(target.prefix)
         if entry is not None and not entry.is_folder:
             raise UsageError(f"{target}: is a database, not a folder of databases; mount its parent")
-
-        def ready() -> None:
-            notify.ready(f"{target} on {directory}")
-            if in_background:
-                _detach()
-
-        try:
-            # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.
-            with contextlib.suppress(OSError):  # see `is_served`
-                fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
-            operations = FileSystem(catalog, config, runtime, str(directory), ready)
-            fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
-        finally:
-            runtime.close()
+        # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.
+        with contextlib.suppress(OSError):  # see `is_served`
+            fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
+        operations = FileSystem(catalog, config, runtime, str(directory), ready)
+        fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
     return 0
 
 

@@ -1,29 +1,26 @@
 """`s3blockfs serve DIR`: the embedded S3 server in the foreground, for other programs and other commands."""
 
-import argparse
 import contextlib
 import signal
 from pathlib import Path
-from typing import Any
 
-from s3blockfs.cli.options import add_command
+import click
+
+from s3blockfs.cli import options
 from s3blockfs.errors import EnvironmentProblem
 from s3blockfs.runtime import Runtime
 
 WATCH_S = 1.0
 
 
-def add_parser(subparsers: Any) -> None:
-    text = "Run an S3 server on 127.0.0.1 with its data in DIR until Ctrl-C; `--local DIR` uses it too."
-    parser = add_command(subparsers, "serve", run, "run the embedded S3 server in the foreground", text, store=False)
-    parser.add_argument("directory", metavar="DIR", type=Path, help="where the data is kept; created if missing")
-
-
-def run(namespace: argparse.Namespace) -> int:
-    """Start or join the server of the directory, say how to use it, and leave at SIGINT or SIGTERM."""
+@options.command("serve", store=False, short_help="run the embedded S3 server in the foreground")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def run(directory: Path) -> None:
+    """Run an S3 server on 127.0.0.1 with its data in DIR, which is created if missing, until Ctrl-C.
+    `--local DIR` uses it too."""
     from s3blockfs.embedded import EmbeddedServer
 
-    directory, runtime = namespace.directory, Runtime()
+    runtime = Runtime()
     # SIGTERM becomes an exception like SIGINT: it then also ends a start that hangs, and cleans up.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -42,4 +39,3 @@ def run(namespace: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
         runtime.close()
-    return 0

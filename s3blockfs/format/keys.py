@@ -60,6 +60,11 @@ def deleted_mark_key(folder: str, name: str) -> str:
     return join(folder, HIDDEN_FOLDER, "deleted", name)
 
 
+def folder_mark_key(folder: str) -> str:
+    """The mark of a folder that was made: keeps it while there is nothing in it."""
+    return join(folder, HIDDEN_FOLDER, "folder")
+
+
 def join(*parts: str) -> str:
     """Join key segments; empty ones (the root) vanish."""
     return "/".join(part for part in parts if part)
