@@ -12,9 +12,11 @@ import os
 import platform
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
@@ -25,9 +27,9 @@ from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import (
+    Busy,
     DamagedObject,
     DatabaseExists,
-    DatabaseGone,
     DatabaseNotFound,
     NewerFormat,
     ObjectNotFound,
@@ -40,14 +42,19 @@ from s3blockfs.format.head import Head
 from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
+from s3blockfs.lease import Lease
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import SideFiles, is_side_file
-from s3blockfs.snapshot import Source, Version
+from s3blockfs.snapshot import Snapshot, Source, Version
+from s3blockfs.transfer import bury, put_state, rename
 
 #: Names with these endings are taken for databases in listings without looking.
 DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3", ".s3db", ".sl3")
 SHOWN_SUFFIX = ".sqlite"
+
+#: How often leases and the like are looked after; without requests unless something is due.
+TICK_S = 0.25
 
 #: Closed databases kept with their decoded heads, and heads kept for the time between a look and an open.
 IDLE_KEPT = 64
@@ -80,11 +87,13 @@ class Catalog:
         self._open: dict[str, Database] = {}
         self._users: dict[Database, int] = {}
         self._idle: OrderedDict[str, Database] = OrderedDict()
+        self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
         self._safe = config.only_writer
         self._writer = f"{platform.node()}:{os.getpid()}"
         self.side_files = SideFiles(spill_folder(config.spill_dir))
+        self._stop_ticking: Callable[[], None] | None = None
 
     # --- looking ---------------------------------------------------------------------------------------
 
@@ -182,6 +191,9 @@ class Catalog:
         self._remember(prefix, version, now)
         return version
 
+    def _source(self, prefix: str) -> Source:
+        return Source(self._store, self._cache, self._runtime, prefix)
+
     def _head_file(self, prefix: str) -> HeadFile:
         return HeadFile(self._store, self._runtime, self._config, prefix)
 
@@ -266,30 +278,68 @@ class Catalog:
 
     def remove(self, path: str) -> None:
         """Replace the head by a tombstone. Raises DatabaseNotFound."""
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
-            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        source, heads, version = self.find(path)
         self.require_writable()
-        heads = self._head_file(entry.prefix)
-        version = heads.read()
-        if version is None or version.head.deleted:
-            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        self._replaced(source.prefix, bury(source, heads, version, self._writer))
 
-        def tombstone(replaced: Head) -> Head:
-            empty = replace(replaced, size=0, segments=(), leaves=(), extents=(), tail=Tail(), lease=None, name=None)
-            time_ms = int(self._store.server_time_s() * 1000)
-            return replace(empty, deleted=True, floor=replaced.rev, writer=self._writer, time_ms=time_ms)
+    def rename(self, old: str, new: str) -> None:
+        """Give a database another name, over an existing one, too. Raises DatabaseNotFound, Busy when it or the one it
+        replaces is being written, IsADirectoryError."""
+        source, heads, version = self.find(old)
+        target, over, base, name = self._target(new)
+        self._require_idle(source, target)
+        if source.prefix != target.prefix:
+            state = Snapshot.load(source, version)
+            buried, moved = rename(source, heads, state, target, over, base, name, self._writer)
+            self._replaced(source.prefix, buried)
+            self._replaced(target.prefix, moved)
 
-        folder, _, name = entry.prefix.rpartition("/")
-        self._store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
-        try:
-            version = heads.swap(version, tombstone, archives=True)
-        except DatabaseGone as error:
-            raise DatabaseNotFound(str(error)) from error
-        self._remember(entry.prefix, version, self._runtime.monotonic())
+    def copy(self, old: str, new: str, overwrite: bool = False) -> None:
+        """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
+        DatabaseExists, Busy."""
+        source, _, version = self.find(old)
+        target, heads, base, name = self._target(new)
+        if base is not None and not base.head.deleted and not overwrite:
+            raise DatabaseExists(f"{self._label(new)}: exists")
+        self._require_idle(target)
+        state = Snapshot.load(source, version)
+        made = put_state(state, source, target, heads, base, name, self._writer)
+        self._replaced(target.prefix, made)
+
+    def find(self, path: str) -> tuple[Source, HeadFile, Version]:
+        """The newest state of a database, for commands. Raises DatabaseNotFound."""
+        entry = self.lookup(path)
+        if entry is not None and not entry.is_folder:
+            heads = self._head_file(entry.prefix)
+            version = heads.read()
+            if version is not None and not version.head.deleted:
+                return self._source(entry.prefix), heads, version
+        raise DatabaseNotFound(f"{self._label(path)}: no such database")
+
+    def _target(self, path: str) -> tuple[Source, HeadFile, Version | None, str | None]:
+        """(place, head, what it holds, name to record) for a database that is going to be under this name."""
+        self.require_writable()
+        entry = self.lookup(path)
+        if entry is not None and entry.is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        prefix = join(self._root, path) if entry is None else entry.prefix
+        check_prefix(prefix)
+        heads = self._head_file(prefix)
+        base = heads.read()
+        live = base is not None and not base.head.deleted
+        return self._source(prefix), heads, base, base.head.name if base and live else path.rpartition("/")[2]
+
+    def _require_idle(self, *places: Source) -> None:
         with self._lock:
-            held = self._open.get(entry.prefix)
-            idle = self._idle.pop(entry.prefix, None)
+            known = [held for at in places if (held := self._open.get(at.prefix) or self._idle.get(at.prefix))]
+        if any(held.is_dirty or held.in_doubt or held.locks.writers() for held in known):
+            raise Busy(f"{self._label('')}: the database is being written; try again")
+
+    def _replaced(self, prefix: str, version: Version) -> None:
+        """The database that is open under this prefix is another one now, or none."""
+        self._remember(prefix, version, self._runtime.monotonic())
+        with self._lock:
+            held, idle = self._open.get(prefix), self._idle.pop(prefix, None)
         if held is not None:
             held.delete()
         if idle is not None:
@@ -321,6 +371,13 @@ class Catalog:
             self._store.put(deleted_mark_key(parent, name), b"", site="mark-deleted")  # tombstones remain
         self._store.delete([mark], site="unmark-folder")
 
+    def tick(self) -> None:
+        """Give leases back, and the like; called every now and then."""
+        with self._lock:
+            databases = [*self._users, *self._idle.values()]
+        for database in databases:
+            database.tick()
+
     def require_writable(self) -> None:
         """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""
         if self._config.read_only:
@@ -336,6 +393,8 @@ class Catalog:
             self._idle.clear()
             self._open.clear()
             self._users.clear()
+        if self._stop_ticking is not None:
+            self._stop_ticking()
         for database in databases:
             database.close()
         self.side_files.close()
@@ -347,11 +406,17 @@ class Catalog:
             return None if database is None or database.is_gone else self._use(database)
 
     def _add(self, prefix: str, version: Version) -> Database:
-        source = Source(self._store, self._cache, self._runtime, prefix)
-        heads = self._head_file(prefix)
-        publisher = Publisher(source, heads, self._config, self._writer)
+        source = self._source(prefix)
+        with self._lock:
+            lease = self._leases.get(prefix)
+            if lease is None:
+                lease = Lease(self._head_file(prefix), self._runtime, self._config, self._writer)
+                self._leases[prefix] = lease
+        publisher = Publisher(source, lease, self._config, self._writer)
         side_path = prefix[len(self._root) :].lstrip("/")
-        database = Database(source, heads, publisher, self._config, version, self.side_files, side_path)
+        database = Database(source, lease, publisher, self._config, version, self.side_files, side_path)
+        if self._stop_ticking is None:
+            self._stop_ticking = self._runtime.every(TICK_S, self.tick)
         with self._lock:
             held = self._open.get(prefix)
             if held is not None and not held.is_gone:  # another thread was faster: there is only one per prefix
@@ -372,22 +437,11 @@ class Catalog:
         def make(replaced: Head | None) -> Head:
             time_ms = int(self._store.server_time_s() * 1000)
             seq = 1 if replaced is None else replaced.seq + 1
-            head = Head(
-                id=database_id,
-                rev=0,
-                seq=seq,
-                commit=commit_id,
-                size=0,
-                block_size=self._config.block_size,
-                nonce=bytes(NONCE_BYTES),
-                writer=self._writer,
-                time_ms=time_ms,
-                name=name,
-                tail=Tail().append(LogCommit(Commit(seq, commit_id, time_ms, 0, 0), ())),
-            )
-            if replaced is None:
-                return head
-            return replace(head, floor=replaced.floor, counter=replaced.counter, snapshots=replaced.snapshots)
+            record = LogCommit(Commit(seq, commit_id, time_ms, 0, 0), ())
+            block_size, nonce = self._config.block_size, bytes(NONCE_BYTES)
+            head = Head(database_id, 0, seq, commit_id, 0, block_size, nonce, self._writer, time_ms, name=name)
+            head = replace(head, tail=Tail().append(record))
+            return head if replaced is None else replace(head, floor=replaced.floor, counter=replaced.counter)
 
         try:
             created = heads.create(tombstone, make)

@@ -21,7 +21,7 @@ from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
 from s3blockfs.format.head import Head, Segment, encode
 from s3blockfs.format.tail import LogCommit, Tail, split_chunks
-from s3blockfs.head import HeadFile
+from s3blockfs.lease import Lease
 from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_pieces
 from s3blockfs.uploads import Uploads, build_segment, upload_map
 from s3blockfs.view import View
@@ -43,9 +43,9 @@ SUPERSEDED = '"superseded"'
 class Publisher:
     """Publishes the transactions of one database."""
 
-    def __init__(self, source: Source, heads: HeadFile, config: Config, writer: str) -> None:
+    def __init__(self, source: Source, lease: Lease, config: Config, writer: str) -> None:
         self._source = source
-        self._heads = heads
+        self._lease = lease
         self._config = config
         self._writer = writer
         self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
@@ -98,10 +98,12 @@ class Publisher:
                 extents=encoded.extents,
                 leaves=encoded.leaves,
                 tail=tail.append(logged),
+                lease=self._lease.kept(replaced.lease),
             )
             return made
 
-        version = self._heads.swap(base.version, make, commit=True)
+        version = self._lease.heads.swap(base.version, make, commit=True)
+        self._lease.committed(version.head)
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
         if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already

@@ -19,8 +19,9 @@ from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
 from s3blockfs.errors import Busy, DatabaseGone, NotSupported, S3BlockFSError, StoreUnavailable
-from s3blockfs.head import HeadFile, Unsettled
+from s3blockfs.head import Unsettled
 from s3blockfs.journal import is_hot, restores_committed, super_journal
+from s3blockfs.lease import Lease, Stale
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level, RangeLocks
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
@@ -28,6 +29,11 @@ from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.state import State
 
 log = logging.getLogger(__name__)
+
+#: Readers that keep an old state shown for so long belong to one process that never gets rid of all of them.
+LONG_BEHIND_S = 2.0
+
+SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
 
 #: After a refresh that failed, cached data is served this long before the store is asked again.
 REFRESH_PAUSE_S = 5.0
@@ -39,7 +45,7 @@ class Database(State):
     def __init__(
         self,
         source: Source,
-        heads: HeadFile,
+        lease: Lease,
         publisher: Publisher,
         config: Config,
         version: Version,
@@ -47,13 +53,17 @@ class Database(State):
         path: str,
     ) -> None:
         """`path` is where its side files lie; `version` a head that is no tombstone."""
-        super().__init__(source, heads, config, version, publisher.uploads)
+        super().__init__(source, lease.heads, config, version, publisher.uploads)
+        self._lease = lease
         self._publisher = publisher
         self._side_files = side_files
         self.publishing = False
         self._discarding: Hashable | None = None
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
         self._journal_images_committed = True
+        self._behind_s: float | None = None
+        self._refused = False
+        self._doomed: Hashable | None = None
         self.locks = RangeLocks()
         self.path = path
 
@@ -192,6 +202,8 @@ class Database(State):
 
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
+        if _is_reserved(kind, start, end):
+            self._lease.rest()
         with self._gate:
             before = self.locks.level(owner)
             self._before_grant(owner, before, kind, start, end)
@@ -231,17 +243,23 @@ class Database(State):
             return True
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
-        if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_FIRST + SHARED_SIZE - 1):
+        if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_LAST):
             if level is Level.NONE:
                 self._require_settled()
                 self._refresh(self._config.refresh_s, owner)
-        elif kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE) and level is Level.SHARED:
+        elif _is_reserved(kind, start, end) and level is Level.SHARED:
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
-                self._require_newest()
+                self._begin_write(owner)
+        elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
+            raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
-        if before >= Level.RESERVED and self.locks.level(owner) < Level.RESERVED and self._discarding == owner:
+        if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
+            return
+        self._doomed = None
+        self._lease.done(self)
+        if self._discarding == owner:
             with self._changing():
                 self._end_discard(remove_journal=True)
 
@@ -251,40 +269,73 @@ class Database(State):
             self._refresh(max_age_s, None)
 
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
-        """For `owner`, whose transaction begins or was just dropped; everybody else's goes by what is shown."""
+        """For `owner`, whose transaction begins or was just dropped; everybody else's goes by what is shown. Raises
+        Busy when a newer state has waited too long for readers to finish: like PENDING, which lets no new ones in."""
         with self._changing():
             self._require_settled()
             if self._gone is not None and self.checked_s != float("inf"):
                 raise DatabaseGone(self._gone)  # a successor under its name is another database
+            if self._discarding is not None or self.is_dirty:
+                return
             now = self._source.runtime.monotonic()
-            if now - self.checked_s < max_age_s or self._discarding is not None or self.is_dirty:
+            reading = any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner)
+            if self._behind_s is None and now - self.checked_s < max_age_s:
                 return
-            if any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner):
-                return
-            try:
-                version = self._heads.read_if_changed(self._view.snapshot.version)
-            except StoreUnavailable as error:
-                if self._config.refresh_s == 0:
-                    raise
-                log.warning("%s: showing the last known state: %s", self._label, error)
-                self.checked_s = now - self._config.refresh_s + REFRESH_PAUSE_S
-                return
-            self.checked_s = now
-            if version is not self._view.snapshot.version:
-                self._move(version)
+            if self._behind_s is None or not reading:
+                version = self._newest(now)
+                if not reading:
+                    self._behind_s, self._refused = None, False
+                    if version is not self.version:
+                        self._move(version)
+                    return
+                if (version.head.id, version.head.commit) == (self.version.head.id, self.version.head.commit):
+                    return
+                self._fall_behind(now)
+            if owner is not None and self._is_overdue(now):
+                raise Busy(f"{self._label}: a newer state waits for readers to finish")
 
-    def _require_newest(self) -> None:
-        """A write transaction must start on the newest state; the snapshot cannot move under the caller's SHARED."""
+    def _newest(self, now: float) -> Version:
+        """`self.version` itself when there is nothing newer, or when that cannot be told now."""
+        if self._lease.is_held and self._lease.heads.latest is not None:
+            return self._lease.heads.latest
+        try:
+            version = self._heads.read_if_changed(self.version)
+            self.checked_s = now
+            return version
+        except StoreUnavailable as error:
+            if self._config.refresh_s == 0:
+                raise
+            log.warning("%s: showing the last known state: %s", self._label, error)
+            self.checked_s = now - self._config.refresh_s + REFRESH_PAUSE_S
+            return self.version
+
+    def _fall_behind(self, now: float) -> None:
+        """A newer state is known that cannot be shown yet."""
+        self._behind_s = now if self._behind_s is None else self._behind_s
+        self.checked_s = float("-inf")
+
+    def _is_overdue(self, now: float) -> bool:
+        return self._refused or (self._behind_s is not None and now - self._behind_s >= 2 * self._config.refresh_s)
+
+    def _begin_write(self, owner: Hashable) -> None:
+        """A write transaction must start on the newest state, and hold the lease; the snapshot cannot move under the
+        caller's SHARED."""
         with self._changing():
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
-            version = self._heads.read_if_changed(self._view.snapshot.version)
-            if version.head.deleted:
-                raise DatabaseGone(f"{self._label}: was deleted elsewhere")
-            if version.head.commit != self._view.snapshot.head.commit or version.head.id != self._view.snapshot.head.id:
-                self.checked_s = float("-inf")
-                raise Busy(f"{self._label}: changed elsewhere; read again")
-            self.checked_s = self._source.runtime.monotonic()
+            now = self._source.runtime.monotonic()
+            try:
+                self._lease.take(self, self.version)
+                self.checked_s = now
+            except Stale:
+                self._fall_behind(now)
+                assert self._behind_s is not None
+                if now - self._behind_s < max(2 * self._config.refresh_s, LONG_BEHIND_S):
+                    self._refused = True
+                    raise
+                # One process shares a single SHARED among its connections, and may never let go of it. SQLite's own
+                # PENDING keeps its new readers out: so let it come to that, and refuse EXCLUSIVE.
+                self._doomed = owner
 
     # --- states ----------------------------------------------------------------------------------------
 
@@ -294,6 +345,11 @@ class Database(State):
             if self.is_dirty:
                 self._side_files.remove(self.path + JOURNAL_SUFFIX)
             self._view.close()
+        self._lease.give_back()
+
+    def tick(self) -> None:
+        """What is due now and then, without a request while the database is idle."""
+        self._lease.tick()
 
     def _fail(self, remove_journal: bool) -> None:
         """The uncommitted bytes count no more. A writer that still holds its lock does not know yet."""
@@ -338,3 +394,7 @@ class Database(State):
     def _journal_is_hot(self) -> bool:
         journal = self._journal()
         return journal is not None and is_hot(journal.read(0, 1))
+
+
+def _is_reserved(kind: Kind, start: int, end: int) -> bool:
+    return kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE)

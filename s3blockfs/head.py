@@ -88,7 +88,13 @@ class HeadFile:
         return self.swap(base, make)
 
     def swap(
-        self, base: Version | None, make: Callable[[Any], Head], *, commit: bool = False, archives: bool = False
+        self,
+        base: Version | None,
+        make: Callable[[Any], Head],
+        *,
+        commit: bool = False,
+        archives: bool = False,
+        deadline_s: float | None = None,
     ) -> Version:
         """Replace the head. Returns the one that holds the swap: for a commit possibly a later one.
 
@@ -97,7 +103,7 @@ class HeadFile:
         DatabaseGone), by a `commit` only those with its commit too (else CommitLost); a tombstone only if `base` is one
         (else DatabaseGone). A head that refers to something the new one does not is archived first; with `archives` any
         is. Raises Unsettled, and what a PUT raises (not applied)."""
-        deadline = self._runtime.monotonic() + self._config.transaction_deadline_s
+        deadline = self._runtime.monotonic() + (deadline_s or self._config.transaction_deadline_s)
         pause = BACKOFF_FIRST_S
         doubt: Doubt | None = None
         current, latest = base, self.latest

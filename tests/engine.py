@@ -25,7 +25,9 @@ from s3blockfs.runtime import Runtime
 
 T = TypeVar("T")
 
-CONFIG = Config(refresh_s=0, only_writer=True, spill_dir="/tmp", request_deadline_s=5, transaction_deadline_s=20)
+CONFIG = Config(
+    lease_s=0.0, refresh_s=0, only_writer=True, spill_dir="/tmp", request_deadline_s=5, transaction_deadline_s=20
+)
 
 
 class ManualRuntime:

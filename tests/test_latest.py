@@ -274,11 +274,11 @@ def test_a_lease_or_a_floor_moves_nothing(scene: Scene, changes: dict[str, objec
         assert getattr(read(scene.world).head, field) == value
 
 
-def test_a_lease_between_two_locks_does_not_refuse_a_writer(scene: Scene) -> None:
+def test_a_swap_between_two_locks_does_not_refuse_a_writer(scene: Scene) -> None:
     """The transaction read the newest commit: RESERVED is granted, the commit is one PUT."""
     writer = scene.process(1)
     writer.shared()
-    swap_elsewhere(scene, lease=Lease("other", "00", 10))
+    swap_elsewhere(scene, floor=0)
     writer.reserved()
     writer.unlock()
     writer.begin()

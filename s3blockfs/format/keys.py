@@ -18,6 +18,7 @@ NONCE_BYTES = 8
 #: Hidden folder under a mounted prefix: the probe's result and the marks of deleted databases.
 HIDDEN_FOLDER = ".s3blockfs"
 
+_DATED = re.compile(r"(?:data/|archive/|map/[0-9]{6,}-)([0-9a-f]{16})-[0-9a-f]{16}")
 _REF = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{16})")
 
 
@@ -53,6 +54,12 @@ def map_key(prefix: str, leaf: int, rev: int, nonce: bytes) -> str:
 
 def archive_key(prefix: str, rev: int, nonce: bytes) -> str:
     return f"{prefix}/archive/{rev:016x}-{nonce.hex()}"
+
+
+def rev_of(prefix: str, key: str) -> int | None:
+    """Of a listed key of a data object, a leaf or an archive; None for any other key."""
+    match = _DATED.fullmatch(key.removeprefix(f"{prefix}/"))
+    return int(match[1], 16) if match is not None and key.startswith(f"{prefix}/") else None
 
 
 def deleted_mark_key(folder: str, name: str) -> str:

@@ -1,0 +1,160 @@
+"""Rename, copy, restore and delete: a committed state becomes the next state of a database, without passing here.
+
+1. Objects are copied server-side, under new names that carry the target's rev. (A restore in place copies nothing: a
+   head may refer to whatever the replaced head or one of its archives reaches.)
+2. The target's head is created or swapped: with a new database id, so that transactions open there lose, and a commit
+   of its own that sets the next change counter, so that SQLite drops its page cache. seq goes on from the higher one.
+3. For a rename the source becomes a tombstone, if its head is still the one copied. Else the target is put back and the
+   caller hears Busy; if the target has moved on, too, both are kept. A crash leaves both, never neither.
+
+The source's objects stay for the retention; a copy that takes longer fails on a missing object.
+"""
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+
+from s3blockfs import header
+from s3blockfs.blockmap import BlockMap
+from s3blockfs.errors import Busy, DatabaseGone, DatabaseNotFound
+from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
+from s3blockfs.format.head import Head
+from s3blockfs.format.keys import ObjectRef, deleted_mark_key, rev_of
+from s3blockfs.format.tail import LogCommit, Tail
+from s3blockfs.head import HeadFile
+from s3blockfs.snapshot import Snapshot, Source, Version
+from s3blockfs.uploads import upload_map
+
+#: Copies under way at a time.
+COPIES = 16
+
+
+def put_state(
+    state: Snapshot,
+    origin: Source,
+    target: Source,
+    heads: HeadFile,
+    base: Version | None,
+    name: str | None,
+    writer: str,
+) -> Version:
+    """Make `state`, of `origin`, the next state at `target`, whose head is `base` (None: there is none); `name` is what
+    the new head records. Raises Busy when the target has moved on, DatabaseExists, and what requests raise."""
+    runtime, store = target.runtime, target.store
+    old = None if base is None else base.head
+    extents, segments = list(state.map.find(0, 1 << 62)), state.head.segments
+    copied: dict[ObjectRef, ObjectRef] = {}
+    in_place = origin.prefix == target.prefix
+    if not in_place:
+        rev = 0 if old is None else old.rev
+        refs = {extent.ref for extent in extents} | {segment.ref for segment in segments}
+        copied = {ref: target.new_ref(rev)._replace(uid=ref.uid) for ref in refs}
+        _copy(origin, target, copied)
+        extents = [extent._replace(ref=copied[extent.ref]) for extent in extents]
+        segments = tuple(segment._replace(ref=copied[segment.ref]) for segment in segments)
+    block_map = BlockMap.of((), (), target.load_leaf).replace(extents)
+    first = state.read(0, header.HEADER_BYTES)
+    counter, patches = state.head.counter if old is None else old.counter, []
+    if header.is_database(first):
+        counter = ((header.counter(first) if counter is None else counter) + 1) & 0xFFFFFFFF
+        patches = header.counter_patches(first, counter)
+    database_id, commit_id = runtime.token(16), runtime.token(COMMIT_ID_BYTES)
+
+    def make(replaced: Head | None) -> Head:
+        if replaced is not None:
+            if replaced.commit != (old and old.commit):
+                raise Busy(f"{store.name}/{target.prefix}: changed meanwhile; try again")
+            root = state.version.head.rev  # what is not copied has to be reachable still, by way of this head
+            pinned = in_place and root in [rev_of(target.prefix, snapshot.archive) for snapshot in replaced.snapshots]
+            used = [root] if in_place else [ref.rev for ref in copied.values()]
+            if any(rev <= replaced.floor for rev in used) and not pinned:
+                raise Busy(f"{store.name}/{target.prefix}: took longer than the retention; try again")
+        encoded = upload_map(target, block_map, 0 if replaced is None else replaced.rev)
+        seq = max(state.head.seq, 0 if replaced is None else replaced.seq) + 1
+        time_ms = int(store.server_time_s() * 1000)
+        record = Commit(seq, commit_id, time_ms, state.head.size, state.head.size)
+        return replace(
+            state.head,
+            id=database_id,
+            seq=seq,
+            commit=commit_id,
+            writer=writer,
+            time_ms=time_ms,
+            floor=0 if replaced is None else replaced.floor,
+            name=name,
+            counter=counter,
+            lease=None,
+            segments=segments,
+            snapshots=() if replaced is None else replaced.snapshots,
+            extents=encoded.extents,
+            leaves=encoded.leaves,
+            tail=Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches))),
+        )
+
+    if base is None or base.head.deleted:
+        return heads.create(base, make)
+    return heads.swap(base, make, archives=True)
+
+
+def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_commit: bool = False) -> Version:
+    """Replace the head by a tombstone, after a mark that makes listings look at it. Raises DatabaseNotFound when it is
+    none of this database any more, or with `same_commit` Busy when it has moved on."""
+
+    def make(replaced: Head) -> Head:
+        if same_commit and replaced.commit != version.head.commit:
+            raise Busy(f"{target.prefix}: changed meanwhile; try again")
+        empty = replace(replaced, size=0, segments=(), leaves=(), extents=(), tail=Tail(), lease=None, name=None)
+        time_ms = int(target.store.server_time_s() * 1000)
+        return replace(empty, deleted=True, snapshots=(), floor=replaced.rev, writer=writer, time_ms=time_ms)
+
+    folder, _, name = target.prefix.rpartition("/")
+    target.store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
+    try:
+        return heads.swap(version, make, archives=True)
+    except DatabaseGone as error:
+        raise DatabaseNotFound(str(error)) from error
+
+
+def rename(
+    origin: Source,
+    heads: HeadFile,
+    state: Snapshot,
+    target: Source,
+    over: HeadFile,
+    base: Version | None,
+    name: str | None,
+    writer: str,
+) -> tuple[Version, Version]:
+    """Move the newest state of `origin` (its head's state) to `target`: the heads of both afterwards."""
+    moved = put_state(state, origin, target, over, base, name, writer)
+    try:
+        return bury(origin, heads, state.version, writer, same_commit=True), moved
+    except (Busy, DatabaseNotFound):
+        _put_back(target, over, base, moved, writer)
+        raise
+
+
+def _put_back(target: Source, heads: HeadFile, base: Version | None, moved: Version, writer: str) -> None:
+    """Undo `put_state`, if nobody has committed on it."""
+    if base is None:
+        bury(target, heads, moved, writer, same_commit=True)
+        return
+
+    def make(replaced: Head) -> Head:
+        if replaced.commit != moved.head.commit or base.head.rev <= replaced.floor:
+            raise Busy(f"{target.prefix}: changed meanwhile, so both it and the source were kept; look at both")
+        return replace(base.head, floor=replaced.floor, lease=None)
+
+    heads.swap(moved, make, archives=True)
+
+
+def _copy(origin: Source, target: Source, refs: dict[ObjectRef, ObjectRef]) -> None:
+    running: deque[Future[None]] = deque()
+    for ref, new in refs.items():
+        if len(running) == COPIES:
+            running.popleft().result()
+        source, copy = ref.key(origin.prefix), new.key(target.prefix)
+        running.append(target.runtime.submit(partial(target.store.copy, source, copy, site="copy")))
+    for future in running:
+        future.result()
