@@ -264,32 +264,35 @@ class Catalog:
         with self._lock:
             return list(self._users)
 
+    def find(self, path: str) -> tuple[HeadFile, Version]:
+        """The head of a database, as it is now. Raises DatabaseNotFound."""
+        entry = self.lookup(path)
+        if entry is not None and not entry.is_folder:
+            version = (heads := self._head_file(entry.prefix)).read()
+            if version is not None and not version.head.deleted:
+                return heads, version
+        raise DatabaseNotFound(f"{self._label(path)}: no such database")
+
     def remove(self, path: str) -> None:
         """Replace the head by a tombstone. Raises DatabaseNotFound."""
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
-            raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        heads, version = self.find(path)
         self.require_writable()
-        heads = self._head_file(entry.prefix)
-        version = heads.read()
-        if version is None or version.head.deleted:
-            raise DatabaseNotFound(f"{self._label(path)}: no such database")
 
         def tombstone(replaced: Head) -> Head:
             empty = replace(replaced, size=0, segments=(), leaves=(), extents=(), tail=Tail(), lease=None, name=None)
             time_ms = int(self._store.server_time_s() * 1000)
             return replace(empty, deleted=True, floor=replaced.rev, writer=self._writer, time_ms=time_ms)
 
-        folder, _, name = entry.prefix.rpartition("/")
+        folder, _, name = heads.prefix.rpartition("/")
         self._store.put(deleted_mark_key(folder, name), b"", site="mark-deleted")
         try:
             version = heads.swap(version, tombstone, archives=True)
         except DatabaseGone as error:
             raise DatabaseNotFound(str(error)) from error
-        self._remember(entry.prefix, version, self._runtime.monotonic())
+        self._remember(heads.prefix, version, self._runtime.monotonic())
         with self._lock:
-            held = self._open.get(entry.prefix)
-            idle = self._idle.pop(entry.prefix, None)
+            held = self._open.get(heads.prefix)
+            idle = self._idle.pop(heads.prefix, None)
         if held is not None:
             held.delete()
         if idle is not None:
