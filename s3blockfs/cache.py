@@ -16,6 +16,7 @@ from functools import partial
 
 from cachetools import LRUCache
 
+from s3blockfs import metrics
 from s3blockfs.errors import DamagedObject, ObjectNotFound, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
 from s3blockfs.format.keys import ObjectRef
@@ -45,6 +46,8 @@ class BlockCache:
     def fetch(self, prefix: str, addresses: Sequence[FrameAddress]) -> list[bytes]:
         """The verified bytes of each frame, in order. Raises DamagedObject, or what `ObjectStore.get` raises."""
         runs, waiting, found = self._claim(prefix, addresses)
+        metrics.CACHE_HITS.inc(len(found))
+        metrics.CACHE_MISSES.inc(len(waiting))
         for run in runs[1:]:
             self._start(prefix, run)
         for run in runs[:1]:

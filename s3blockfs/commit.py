@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
-from s3blockfs import header
+from s3blockfs import header, metrics
 from s3blockfs.blockmap import BlockMap, EncodedMap
 from s3blockfs.config import KIB, MIB, Config
 from s3blockfs.dirty import Dirty
@@ -55,6 +55,7 @@ class Publisher:
         """For a transaction that starts on `base`."""
         return Uploads(self._source, self._config, base.head, base.head.seq + 1)
 
+    @metrics.FAILED_COMMITS.count_exceptions()
     def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:
         """Make what is dirty the next state; the caller moves the view. Returns the head that holds it; the state after
         it, None when that has to be loaded; whether readers are shown another header than the application wrote
@@ -104,6 +105,7 @@ class Publisher:
 
         version = self._lease.heads.swap(base.version, make, commit=True)
         self._lease.committed(version.head)
+        metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
         if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already

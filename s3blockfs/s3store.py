@@ -30,7 +30,7 @@ from botocore.parsers import ResponseParserError
 from botocore.session import Session
 from urllib3.exceptions import HTTPError
 
-from s3blockfs import __version__, errors
+from s3blockfs import __version__, errors, metrics
 from s3blockfs.objectstore import Listed, StoredObject
 from s3blockfs.runtime import Runtime
 
@@ -212,6 +212,7 @@ class S3Store:
                 raise ValueError("an answer to PUT without an ETag")
             return etag
 
+        metrics.SENT.inc(len(body))
         return self._run(attempt, key, site, timeout_s, once=bool(condition))
 
     def copy(self, source: str, target: str, *, site: str) -> None:
@@ -306,7 +307,7 @@ class S3Store:
             left_s = max(deadline - self._runtime.monotonic(), 0.01)
             self._attempt.read_timeout_s = left_s if once else min(left_s, max(left_s / 2, 1.0))
             try:
-                return attempt()
+                return metrics.request(site, attempt)
             except _FAILURES as error:
                 kind, text, reason = _explain(error)
                 where = f"{self.name}/{key}: {reason}"

@@ -126,6 +126,7 @@ def test_every_option_is_an_environment_variable_and_the_flag_wins(
         ("GID", "root"),
         ("METRICS", "0.0.0.0:9100"),
         ("METRICS", "localhost"),
+        ("METRICS", "localhost:65536"),
     ],
 )
 def test_a_bad_variable_is_named(

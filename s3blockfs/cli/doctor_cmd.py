@@ -38,12 +38,8 @@ def run(target: options.Target | None) -> int:
     return code
 
 
-def _finding(ok: bool, text: str) -> str:
-    """One line of the report. What is not `ok` says behind a semicolon how to fix it."""
-    return f"{'ok ' if ok else 'FIX'} {text}"
-
-
 def _findings(target: options.Target | None) -> Iterator[str]:
+    """What needs fixing says behind a semicolon how to."""
     yield from machine()
     if target is not None:
         with options.opened(target) as (_, store, runtime):
@@ -54,18 +50,17 @@ def machine() -> Iterator[str]:
     """What a mount needs on this machine."""
     import apsw
 
-    library = ctypes.util.find_library("fuse")
-    missing = "not found; apt-get install libfuse2 (newer releases call it libfuse2t64)"
-    yield _finding(library is not None, f"libfuse: {library or missing}")
-    fusermount = shutil.which("fusermount")
-    yield _finding(fusermount is not None, f"fusermount: {fusermount or 'not found; apt-get install fuse3'}")
+    library, program = ctypes.util.find_library("fuse"), shutil.which("fusermount")
+    missing = "FIX libfuse: not found; apt-get install libfuse2 (newer releases call it libfuse2t64)"
+    yield f"ok  libfuse: {library}" if library else missing
+    yield f"ok  fusermount: {program}" if program else "FIX fusermount: not found; apt-get install fuse3"
     try:
         os.close(os.open(FUSE_DEVICE, os.O_RDWR))
-        yield _finding(True, f"{FUSE_DEVICE}: can be opened")
+        yield f"ok  {FUSE_DEVICE}: can be opened"
     except OSError as error:
         help_text = "as root, `modprobe fuse && chmod 666 /dev/fuse`; a container needs `--device /dev/fuse`"
-        yield _finding(False, f"{FUSE_DEVICE}: {error.strerror}; {help_text}")
-    yield _finding(True, f"sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})")
+        yield f"FIX {FUSE_DEVICE}: {error.strerror}; {help_text}"
+    yield f"ok  sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})"
 
 
 def bucket(store: S3Store, prefix: str, config: Config, runtime: Runtime) -> Iterator[str]:
@@ -73,31 +68,29 @@ def bucket(store: S3Store, prefix: str, config: Config, runtime: Runtime) -> Ite
     try:
         store.check_bucket(prefix)
     except S3BlockFSError as error:
-        yield _finding(False, f"{'credentials' if isinstance(error, AccessDenied) else 'bucket'}: {error}")
+        yield f"FIX {'credentials' if isinstance(error, AccessDenied) else 'bucket'}: {error}"
         return
-    yield _finding(True, "credentials: accepted")
-    yield _finding(True, f"bucket: {store.name} can be reached and listed")
+    yield "ok  credentials: accepted"
+    yield f"ok  bucket: {store.name} can be reached and listed"
     yield _conditional_puts(store, prefix, config, runtime)
     try:
         findings = store.bucket_findings(prefix)
     except S3BlockFSError as error:
         findings = [str(error)]
-    for text in findings:
-        yield _finding(False, f"settings: {text}")
+    yield from (f"FIX settings: {text}" for text in findings)
     if not findings:
-        yield _finding(True, "settings: no lifecycle rule, versioning or Object Lock that hurts")
+        yield "ok  settings: no lifecycle rule, versioning or Object Lock that hurts"
 
 
 def _conditional_puts(store: S3Store, prefix: str, config: Config, runtime: Runtime) -> str:
-    what = "conditional PUTs"
     if config.read_only:
-        return _finding(True, f"{what}: not needed with --read-only")
+        return "ok  conditional PUTs: not needed with --read-only"
     try:
         wrong = capabilities.probe(store, prefix, runtime)
     except S3BlockFSError as error:
-        return _finding(False, f"{what}: {error}")
+        return f"FIX conditional PUTs: {error}"
     if wrong is None:
-        return _finding(True, f"{what}: honoured")
+        return "ok  conditional PUTs: honoured"
     if config.only_writer:
-        return _finding(True, f"{what}: {wrong}, but --only-writer promises that nobody else writes")
-    return _finding(False, f"{what}: {wrong}; {capabilities.WHAT_TO_DO}")
+        return f"ok  conditional PUTs: {wrong}, but --only-writer promises that nobody else writes"
+    return f"FIX conditional PUTs: {wrong}; {capabilities.WHAT_TO_DO}"

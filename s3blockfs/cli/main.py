@@ -27,7 +27,7 @@ def commands() -> None:
     """SQLite databases in S3 that behave like ordinary local files."""
 
 
-for _name in ("mount", "umount", "ls", "doctor", "serve"):
+for _name in ("mount", "umount", "ls", "info", "rm", "lease", "doctor", "serve"):
     commands.add_command(importlib.import_module(f"s3blockfs.cli.{_name}_cmd").run)
 
 

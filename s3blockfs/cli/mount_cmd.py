@@ -84,7 +84,7 @@ def _in_background() -> int:
 
 
 def _serve(target: options.Target, given: str) -> int:
-    from s3blockfs import fuse_binding, mountpoint  # needs libfuse
+    from s3blockfs import fuse_binding, metrics, mountpoint  # needs libfuse
     from s3blockfs.catalog import Catalog
     from s3blockfs.fuse_ops import FileSystem
 
@@ -108,6 +108,8 @@ def _serve(target: options.Target, given: str) -> int:
         entry = Catalog(store, runtime, config, "").lookup(target.prefix)
         if entry is not None and not entry.is_folder:
             raise UsageError(f"{target}: is a database, not a folder of databases; mount its parent")
+        if config.metrics:
+            metrics.serve(config.metrics)
         # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.
         with contextlib.suppress(OSError):  # see `is_served`
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)

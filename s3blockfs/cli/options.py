@@ -72,7 +72,8 @@ def octal(text: str) -> int:
 
 def address(text: str) -> str:
     """Only of this machine: the figures are not for the network."""
-    if not re.fullmatch(r"(127\.0\.0\.1|localhost|\[?::1\]?):\d{1,5}", text):
+    match = re.fullmatch(r"(127\.0\.0\.1|localhost|\[?::1\]?):(\d{1,5})", text)
+    if match is None or int(match[2]) > 0xFFFF:
         raise click.BadParameter(f"{text!r} is no address of this machine; write one like 127.0.0.1:9100")
     return text
 
@@ -191,7 +192,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="one JSON obj
 
 def show(facts: Mapping[str, object], as_json: bool) -> None:
     """Print what is known of one thing, for a program or for a person."""
-    print(json.dumps(facts) if as_json else "\n".join(f"{name:16}{value}" for name, value in facts.items()))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name:16}{'-' if shown in (None, '') else shown}")
 
 
 # --- the stack ------------------------------------------------------------------------------------------------------
