@@ -75,8 +75,9 @@ class FileSystem(Operations):
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
         self._shown: WeakKeyDictionary[Database, _Shown] = WeakKeyDictionary()
-        self._owner = {"st_uid": os.getuid(), "st_gid": os.getgid()}
-        self._umask = 0o277 if config.read_only else 0o077
+        uid, gid = config.uid, config.gid
+        self._owner = {"st_uid": os.getuid() if uid is None else uid, "st_gid": os.getgid() if gid is None else gid}
+        self._umask = config.umask | 0o222 * config.read_only
 
     def quiesce(self) -> None:
         """Let transactions that are open end, for a while, and commits that are under way in any case: SQLite takes the
@@ -114,6 +115,8 @@ class FileSystem(Operations):
         if info is not None:
             return self._attributes(self._handles[info.fh].file)
         assert path is not None
+        if len(os.fsencode(path.rpartition("/")[2])) > 255:  # the kernel would let up to 1024 pass
+            raise OSError(errno.ENAMETOOLONG, "file names have at most 255 bytes")
         if is_side_file(path):
             return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
@@ -176,11 +179,12 @@ class FileSystem(Operations):
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         if uid not in (-1, self._owner["st_uid"]) or gid not in (-1, self._owner["st_gid"]):
-            raise OSError(errno.EPERM, "everything belongs to the user who mounted it")
+            raise OSError(errno.EPERM, "the mount says who owns files; see --uid and --gid")
 
     def statfs(self, path: str) -> Attributes:
-        free = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), 2**50 // 4096)  # S3 has no end, so say 1 PiB
-        return {"f_bsize": 4096, "f_frsize": 4096, "f_namemax": 255, **free}
+        blocks = dict.fromkeys(("f_blocks", "f_bfree", "f_bavail"), 2**50 // 4096)  # S3 has no end, so say 1 PiB
+        files = dict.fromkeys(("f_files", "f_ffree", "f_favail"), 2**32)
+        return {"f_bsize": 4096, "f_frsize": 4096, "f_namemax": 255, **blocks, **files}
 
     # --- handles ---------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from s3blockfs.catalog import Catalog
 from s3blockfs.errors import DatabaseExists, DatabaseGone, DatabaseNotFound, ReadOnly, StoreUnavailable, UsageError
 from s3blockfs.objectstore import Listed
 
-MARK = "f/.s3blockfs/folder"
+MARK, REMOVED = "f/.s3blockfs/folder", ".s3blockfs/deleted/f"
 
 
 class SortedStore(MemoryStore):
@@ -50,7 +50,7 @@ def refused_as_not_empty(machine: Catalog, path: str) -> bool:
 
 
 def test_an_empty_folder_is_one_object(world: World) -> None:
-    """Made by one PUT; found and listed by every machine; empty; removed without a trace."""
+    """Made by one PUT; found and listed by every machine; empty. What remains of it says that it was removed."""
     machine, other = world.machine(), world.machine()
     machine.make_folder("f")
     assert world.store.count("PUT") == 1 and keys(world) == [MARK]
@@ -58,7 +58,7 @@ def test_an_empty_folder_is_one_object(world: World) -> None:
     for one in (machine, other):
         assert is_folder(one, "f") and names(one) == ["f/"] and names(one, "f") == []
     other.remove_folder("f")
-    assert keys(world) == []
+    assert keys(world) == [REMOVED]
     for one in (machine, other):
         assert one.lookup("f") is None and names(one) == []
 
@@ -72,7 +72,7 @@ def test_folders_in_folders(world: World) -> None:
     machine.remove_folder("f/g")
     assert names(machine, "f") == [] and is_folder(machine, "f")
     machine.remove_folder("f")
-    assert keys(world) == []
+    assert names(machine) == [] and MARK not in keys(world)
 
 
 def test_a_folder_below_a_root(world: World) -> None:
@@ -153,11 +153,24 @@ def test_what_cannot_be_made(world: World) -> None:
     fill(machine, "plain")
     fill(machine, "in/side.db")
     make_nameless(world, "acme")
+    fill(machine, "deleted")
+    machine.remove("deleted")
     before = keys(world)
     for path in ("plain", "in", "in/side.db", "acme", "acme.sqlite", ""):
         with pytest.raises(DatabaseExists):
             machine.make_folder(path)
-    for path in ("new.db", "in/new.sqlite3", "..", ".s3blockfs", "in/.s3blockfs", "a//b", "nul\0", "x" * 256):
+    for path in (
+        "deleted",
+        "new.db",
+        "in/new.sqlite3",
+        "x.db-journal",
+        "..",
+        ".s3blockfs",
+        "in/.s3blockfs",
+        "a//b",
+        "nul\0",
+        "x" * 256,
+    ):
         with pytest.raises(UsageError):
             machine.make_folder(path)
     assert keys(world) == before

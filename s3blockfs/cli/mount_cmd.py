@@ -114,7 +114,8 @@ def _serve(target: options.Target, given: str) -> int:
         with contextlib.suppress(OSError):  # see `is_served`
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
         operations = FileSystem(catalog, config, runtime, str(directory), ready)
-        fuse_binding.mount(operations, str(directory), options={"fsname": str(target)})
+        fuse_options: dict[str, str | bool] = {"fsname": str(target), "allow_other": config.allow_other}
+        fuse_binding.mount(operations, str(directory), options=fuse_options)
     return 0
 
 
