@@ -164,7 +164,7 @@ class Catalog:
         prefix = join(self._root, path)
         mark = keys.folder_mark_key(prefix)
         first = next(iter(self._store.list(f"{prefix}/", site="folder", max_keys=1)), None)
-        if first is None or first.key == mark or first.key >= f"{prefix}/{HIDDEN_FOLDER}0":  # 0 sorts behind /
+        if first is None or first.key == mark:
             return first is not None
         parent, _, name = prefix.rpartition("/")
         return not self._exists(deleted_mark_key(parent, name)) or self._exists(mark) or bool(self.listing(path))
@@ -283,8 +283,16 @@ class Catalog:
         self._replaced(source.prefix, bury(source, heads, version, self._writer))
 
     def rename(self, old: str, new: str) -> None:
-        """Give a database another name, over an existing one, too. Raises DatabaseNotFound, Busy when it or the one it
-        replaces is being written, IsADirectoryError."""
+        """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
+        DatabaseNotFound, Busy when it or the one it replaces is being written, OSError (EISDIR, ENOTDIR, ENOTEMPTY)."""
+        entry = self.lookup(old)
+        if entry is not None and entry.is_folder:
+            if self.lookup(new) is not None:
+                self.remove_folder(new)
+            self.make_folder(new)
+            for name, _ in self.listing(old):
+                self.rename(f"{old}/{name}", f"{new}/{name}")
+            return self.remove_folder(old)
         source, heads, version = self.find(old)
         target, over, base, name = self._target(new)
         self._require_idle(source, target)
@@ -293,6 +301,7 @@ class Catalog:
             buried, moved = rename(source, heads, state, target, over, base, name, self._writer)
             self._replaced(source.prefix, buried)
             self._replaced(target.prefix, moved)
+        return None
 
     def copy(self, old: str, new: str, overwrite: bool = False) -> None:
         """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
@@ -358,8 +367,10 @@ class Catalog:
     def remove_folder(self, path: str) -> None:
         """Raises DatabaseNotFound when there is no such folder, OSError (ENOTEMPTY; EBUSY for the root)."""
         entry = self.lookup(path)
-        if entry is None or not entry.is_folder:
+        if entry is None:
             raise DatabaseNotFound(f"{self._label(path)}: no such folder")
+        if not entry.is_folder:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if not path:
             raise OSError(errno.EBUSY, "the root is not removed: unmount it")
         self.require_writable()

@@ -152,7 +152,9 @@ class FileSystem(Operations):
         return self._catalog.side_files.remove(side.path)
 
     def rename(self, old: str, new: str) -> None:
-        raise OSError(errno.EXDEV, "renaming is not supported yet; mv copies instead")
+        if is_side_file(old) or is_side_file(new):
+            raise OSError(errno.EXDEV, f"{old}: journals stay on this machine, where they are; mv copies instead")
+        self._catalog.rename(old[1:], new[1:])
 
     def mkdir(self, path: str, mode: int) -> None:
         self._catalog.make_folder(path[1:])

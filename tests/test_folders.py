@@ -179,7 +179,9 @@ def test_what_cannot_be_made(world: World) -> None:
 def test_what_cannot_be_removed(world: World) -> None:
     machine = world.machine()
     fill(machine, "f/a.db")
-    for path in ("nowhere", "f/a.db", "f/nowhere", ".s3blockfs"):
+    with pytest.raises(NotADirectoryError):
+        machine.remove_folder("f/a.db")
+    for path in ("nowhere", "f/nowhere", ".s3blockfs"):
         with pytest.raises(DatabaseNotFound):
             machine.remove_folder(path)
     with pytest.raises(OSError, match="root") as caught:
