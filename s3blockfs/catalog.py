@@ -290,8 +290,8 @@ class Catalog:
             if self.lookup(new) is not None:
                 self.remove_folder(new)
             self.make_folder(new)
-            for name, _ in self.listing(old):
-                self.rename(f"{old}/{name}", f"{new}/{name}")
+            for inner, _ in self.listing(old):
+                self.rename(f"{old}/{inner}", f"{new}/{inner}")
             return self.remove_folder(old)
         source, heads, version = self.find(old)
         target, over, base, name = self._target(new)
