@@ -89,6 +89,7 @@ class Catalog:
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
+        self._head_files: WeakValueDictionary[str, HeadFile] = WeakValueDictionary()
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
         self._safe = config.only_writer
         self._writer = f"{platform.node()}:{os.getpid()}"
@@ -195,11 +196,16 @@ class Catalog:
         return Source(self._store, self._cache, self._runtime, prefix)
 
     def _head_file(self, prefix: str) -> HeadFile:
-        return HeadFile(self._store, self._runtime, self._config, prefix)
+        """One per prefix, so that what one connection sees or writes is known to the others at once."""
+        made = HeadFile(self._store, self._runtime, self._config, prefix)
+        with self._lock:
+            return self._head_files.setdefault(prefix, made)
 
     def _remember(self, prefix: str, version: Version | None, now: float) -> None:
         with self._lock:
-            self._heads[prefix] = (version, now)
+            known = self._heads.get(prefix, (None,))[0]
+            if version is None or known is None or version.head.rev >= known.head.rev:
+                self._heads[prefix] = (version, now)
 
     # --- opening ---------------------------------------------------------------------------------------
 
@@ -239,9 +245,29 @@ class Catalog:
             old.delete()  # elsewhere, and made anew
         return self._take(prefix) or self._add(prefix, version)
 
+    def connection(self, path: str, side_path: str, create: bool) -> Database:
+        """A Database for one connection alone: its own snapshot, its own transaction, its side files at `side_path`.
+        `path` is taken for a key prefix below the root as it is. Raises DatabaseNotFound unless `create`."""
+        check_prefix(prefix := join(self._root, path))
+        version = self._head(prefix)
+        if version is None or version.head.deleted:  # a moment ago, perhaps: look again
+            version = self._head_file(prefix).read()
+            if version is None or version.head.deleted:
+                if not create:
+                    raise DatabaseNotFound(f"{self._label(path)}: no such database")
+                self.require_writable()
+                version = self._create(prefix, version, None, exclusive=False)
+            self._remember(prefix, version, self._runtime.monotonic())
+        database = self._made(prefix, version, side_path)
+        with self._lock:
+            self._users[database] = 1
+        return database
+
     def release(self, database: Database) -> None:
         """One user less. Nothing is published here: the face did that when the handle was flushed."""
         dropped: list[Database] = []
+        if not database.is_gone:
+            self._remember(database.prefix, database.version, database.checked_s)
         with self._lock:
             self._users[database] -= 1
             if self._users[database]:
@@ -250,8 +276,6 @@ class Catalog:
             current = self._open.get(database.prefix) is database  # not if it was deleted and made anew meanwhile
             if current:
                 del self._open[database.prefix]
-            if current and not database.is_gone:
-                self._heads[database.prefix] = (database.version, database.checked_s)
             if not current or database.is_gone or (database.is_dirty and not database.in_doubt):
                 dropped.append(database)
             else:  # one in doubt stays closed to everybody until it is settled
@@ -415,18 +439,17 @@ class Catalog:
             database = self._open.get(prefix) or self._idle.pop(prefix, None)
             return None if database is None or database.is_gone else self._use(database)
 
-    def _add(self, prefix: str, version: Version) -> Database:
-        source = self._source(prefix)
+    def _made(self, prefix: str, version: Version, side_path: str) -> Database:
+        source, made = self._source(prefix), Lease(self._head_file(prefix), self._runtime, self._config, self._writer)
         with self._lock:
-            lease = self._leases.get(prefix)
-            if lease is None:
-                lease = Lease(self._head_file(prefix), self._runtime, self._config, self._writer)
-                self._leases[prefix] = lease
+            lease = self._leases.setdefault(prefix, made)
+            if self._stop_ticking is None:
+                self._stop_ticking = self._runtime.every(TICK_S, self.tick)
         publisher = Publisher(source, lease, self._config, self._writer)
-        side_path = prefix[len(self._root) :].lstrip("/")
-        database = Database(source, lease, publisher, self._config, version, self.side_files, side_path)
-        if self._stop_ticking is None:
-            self._stop_ticking = self._runtime.every(TICK_S, self.tick)
+        return Database(source, lease, publisher, self._config, version, self.side_files, side_path)
+
+    def _add(self, prefix: str, version: Version) -> Database:
+        database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
         with self._lock:
             held = self._open.get(prefix)
             if held is not None and not held.is_gone:  # another thread was faster: there is only one per prefix
@@ -440,7 +463,7 @@ class Catalog:
         self._users[database] = self._users.get(database, 0) + 1
         return database
 
-    def _create(self, prefix: str, tombstone: Version | None, name: str, exclusive: bool) -> Version:
+    def _create(self, prefix: str, tombstone: Version | None, name: str | None, exclusive: bool) -> Version:
         heads = self._head_file(prefix)
         database_id, commit_id = self._runtime.token(16), self._runtime.token(COMMIT_ID_BYTES)
 

@@ -273,16 +273,21 @@ class Database(State):
         Busy when a newer state has waited too long for readers to finish: like PENDING, which lets no new ones in."""
         with self._changing():
             self._require_settled()
-            if self._gone is not None and self.checked_s != float("inf"):
+            if self._gone is not None:
+                if self.checked_s == float("inf"):
+                    return  # deleted here: who has it open still reads
                 raise DatabaseGone(self._gone)  # a successor under its name is another database
             if self._discarding is not None or self.is_dirty:
                 return
             now = self._source.runtime.monotonic()
             reading = any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner)
-            if self._behind_s is None and now - self.checked_s < max_age_s:
+            known = self._heads.latest  # perhaps by another connection of this process
+            newer = known is not None and known.head.rev > self.version.head.rev
+            fresh = now - self.checked_s < max_age_s
+            if self._behind_s is None and fresh and not newer:
                 return
             if self._behind_s is None or not reading:
-                version = self._newest(now)
+                version = known if known and newer and fresh else self._newest(now)
                 if not reading:
                     self._behind_s, self._refused = None, False
                     if version is not self.version:
