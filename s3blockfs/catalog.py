@@ -93,6 +93,8 @@ class Catalog:
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
         self._safe = config.only_writer
         self._writer = f"{platform.node()}:{os.getpid()}"
+        self.refused: set[str] = set()
+        """Prefixes under which the last PUT of a connection was refused."""
         self.side_files = SideFiles(spill_folder(config.spill_dir))
         self._stop_ticking: Callable[[], None] | None = None
 
@@ -185,9 +187,10 @@ class Catalog:
             known = self._heads.get(prefix)
         if held is not None and not held.is_gone:
             return held.version
-        if known is not None and now - known[1] < self._config.refresh_s:
-            return known[0]
         heads, before = self._head_file(prefix), known[0] if known else None
+        if known is not None and now - known[1] < self._config.refresh_s:
+            seen = [version for version in (before, heads.newest) if version is not None]
+            return max(seen, key=lambda version: version.head.rev, default=None)
         version = heads.read() if before is None else heads.read_if_changed(before)
         self._remember(prefix, version, now)
         return version

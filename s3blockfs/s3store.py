@@ -158,6 +158,12 @@ class S3Store:
         """The bucket of a boto3 `Bucket`, by a client of our own with the settings of the one that it brings."""
         return cls(bucket.name, runtime=runtime, request_deadline_s=request_deadline_s, like=bucket.meta.client)
 
+    @staticmethod
+    def identity(bucket: Any) -> tuple[str | None, ...]:
+        """Equal for boto3 `Bucket`s whose stores would do the same."""
+        client, keys = bucket.meta.client, bucket.meta.client._get_credentials()
+        return bucket.name, client.meta.endpoint_url, client.meta.region_name, keys and keys.access_key
+
     def close(self) -> None:
         """Close the pooled connections. The store can still be used afterwards and would open new ones."""
         self._client.close()
