@@ -189,7 +189,7 @@ class Catalog:
             return held.version
         heads, before = self._head_file(prefix), known[0] if known else None
         if known is not None and now - known[1] < self._config.refresh_s:
-            seen = [version for version in (before, heads.newest) if version is not None]
+            seen = [version for version in (before, heads.latest) if version is not None]
             return max(seen, key=lambda version: version.head.rev, default=None)
         version = heads.read() if before is None else heads.read_if_changed(before)
         self._remember(prefix, version, now)
