@@ -200,15 +200,12 @@ class S3VFS(apsw.VFS):
 
     def xDelete(self, filename: str, syncdir: bool) -> None:
         """Of a journal or super-journal: SQLite's commit point. Of a database: its end."""
-        side = self.catalog.side_files.get(filename)
-        if side is None:
-            if not is_side_file(filename):
-                return self.catalog.remove(_prefix(filename))
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), filename)
-        owner = _owner(filename)
-        if owner is not None:
+        if not is_side_file(filename):
+            return self.catalog.remove(_prefix(filename))
+        side, owner = self.catalog.side_files.get(filename), _owner(filename)
+        if owner is not None:  # also without a journal, when PRAGMA journal_mode clears up: then nothing is dirty
             owner.finalise()
-        else:  # a super-journal holds the names of the journals that it binds together
+        elif side is not None:  # a super-journal holds the names of the journals that it binds together
             owners = map(_owner, side.read(0, side.size).decode().split("\0"))
             for owner in sorted(filter(None, owners), key=lambda each: each.database.prefix):
                 owner.commit_point(partial(owner.database.finalise_super_journal, filename))
