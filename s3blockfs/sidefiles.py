@@ -26,7 +26,7 @@ class SideFile:
 
     def __init__(self, folder: str, path: str) -> None:
         file = tempfile.TemporaryFile(dir=folder, prefix="s3blockfs-side-", buffering=0)  # noqa: SIM115
-        weakref.finalize(self, file.close)
+        weakref.finalize(self, file.close).atexit = False  # connections that are open at exit still roll back
         self._descriptor = file.fileno()
         self.path = path
         self.linked = True

@@ -122,7 +122,7 @@ def _translated(cls: type[T]) -> type[T]:
         def call(self: Any, *arguments: Any) -> Any:
             try:
                 if self.pid != os.getpid():
-                    if name == "xClose":  # what a forked child inherited is not the child's to close
+                    if name in ("xUnlock", "xClose"):  # what a forked child inherited is not the child's to close
                         return None
                     raise errors.NotSupported("a connection cannot be used in a forked child: open a new one there")
                 result = method(self, *arguments)
