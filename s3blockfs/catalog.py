@@ -311,7 +311,7 @@ class Catalog:
 
     def rename(self, old: str, new: str) -> None:
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
-        DatabaseNotFound, Busy when it or the one it replaces is being written, OSError (EISDIR, ENOTDIR, ENOTEMPTY)."""
+        DatabaseNotFound, Busy in a transaction on it or the one it replaces, OSError (EISDIR, ENOTDIR, ENOTEMPTY)."""
         entry = self.lookup(old)
         if entry is not None and entry.is_folder:
             if self.lookup(new) is not None:
@@ -368,8 +368,8 @@ class Catalog:
     def _require_idle(self, *places: Source) -> None:
         with self._lock:
             known = [held for at in places if (held := self._open.get(at.prefix) or self._idle.get(at.prefix))]
-        if any(held.is_dirty or held.in_doubt or held.locks.writers() for held in known):
-            raise Busy(f"{self._label('')}: the database is being written; try again")
+        if any(held.is_dirty or held.in_doubt or list(held.locks) for held in known):
+            raise Busy(f"{self._label('')}: the database is in use; try again")
 
     def _replaced(self, prefix: str, version: Version) -> None:
         """The database that is open under this prefix is another one now, or none."""

@@ -42,12 +42,14 @@ QUIESCE_S = 5.0
 @dataclass(slots=True)
 class _Shown:
     """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are.
-    `stale`: they have to go and could not be dropped, because the inode number was not known."""
+    `stale`: they have to go and could not be dropped, because the inode number was not known. `moved`: it was renamed,
+    and the kernel gave its inode and pages to another database, so what has this one open must not fill them."""
 
     handles: int = 0
     inode: int | None = None
     pages_of: bytes | None = None
     stale: bool = False
+    moved: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -154,7 +156,12 @@ class FileSystem(Operations):
     def rename(self, old: str, new: str) -> None:
         if is_side_file(old) or is_side_file(new):
             raise OSError(errno.EXDEV, f"{old}: journals stay on this machine, where they are; mv copies instead")
+        replaced = self._catalog.opened_at(new[1:])
+        with self._lock:
+            shown = [pair for pair in self._shown.items() if not pair[0].is_gone and pair[0] is not replaced]
         self._catalog.rename(old[1:], new[1:])
+        for database, state in shown:
+            state.moved = database.is_gone
 
     def mkdir(self, path: str, mode: int) -> None:
         self._catalog.make_folder(path[1:])
@@ -218,6 +225,7 @@ class FileSystem(Operations):
         handle = self._handles[info.fh]
         if isinstance(handle.file, SideFile):
             return handle.file.read(offset, size)
+        self._require_not_moved(handle.file)
         return handle.file.read(offset, size, handle.readahead)
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
@@ -306,6 +314,7 @@ class FileSystem(Operations):
         if lock.l_type == F_UNLCK and command != F_GETLK:
             database.unlock(owner, start, end)
             return
+        self._require_not_moved(database)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:
             conflict = database.locks.test(owner, kind, start, end)
@@ -351,6 +360,10 @@ class FileSystem(Operations):
         if handle.failed:
             path = handle.file.path
             raise OSError(errno.EIO, f"{path}: what was written through this descriptor is lost; open it again")
+
+    def _require_not_moved(self, database: Database) -> None:
+        if self._shown[database].moved:
+            raise OSError(errno.ESTALE, f"{database.path}: was renamed; open it under its new name")
 
     def _before_finalising(self, side: SideFile) -> None:
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""

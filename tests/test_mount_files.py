@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Mount, Place, mounted, shell, sqlite
+from mounting import Client, Mount, Place, SqlError, mounted, shell, sqlite
 
 pytestmark = pytest.mark.mount
 
@@ -212,6 +212,59 @@ result["left"] = sorted(os.listdir("."))
     shell("cp", "-a", source, mount / "copy", check=True)
     shell("mv", source, mount / "moved", check=True)
     assert shell("cat", mount / "copy/x", mount / "moved/x").stdout == "contentcontent"
+
+
+def test_renaming(mounts: tuple[Mount, Mount]) -> None:
+    """Databases and folders move with all they hold, also over others. The kernel takes its cached pages along with the
+    name, so what had the old name open gets errors, and the new name never shows the pages of the old one."""
+    mount, other = mounts
+    rows = "SELECT group_concat(a) FROM t"
+    for number, name in enumerate(("a.db", "b.db")):
+        sqlite(mount / name, f"CREATE TABLE t(a); INSERT INTO t VALUES ({number})")
+    assert sqlite(other / "a.db", rows) == "0"
+    shell("mkdir", mount / "d", check=True)
+    for old, new in (("a.db", "c.db"), ("c.db", "b.db"), ("b.db", "d/e"), ("d/e", "a.db")):
+        shell("mv", mount / old, mount / new, check=True)
+        for shown in (mount, other):
+            assert sqlite(shown / new, rows, "PRAGMA integrity_check") == "0\nok"
+            assert "No such file" in shell("stat", shown / old).stderr
+    sqlite(mount / "d/x.db", "CREATE TABLE t(a); INSERT INTO t VALUES (1)")
+    with Client(mount / "d/x.db") as reader:
+        assert reader(rows) == [["1"]]
+        shell("mv", mount / "d", mount / "f", check=True)
+        sqlite(mount / "f/x.db", "UPDATE t SET a = 2")
+        with pytest.raises(SqlError, match="disk I/O error"):
+            reader(rows)
+    for shown in (mount, other):
+        assert sqlite(shown / "f/x.db", rows) == "2"
+    with Client(mount / "a.db") as reader:
+        reader("BEGIN")
+        assert reader(rows) == [["0"]]
+        assert "temporarily unavailable" in shell("mv", mount / "a.db", mount / "g.db").stderr
+        reader("COMMIT")
+        assert reader(rows) == [["0"]]
+        shell("mv", mount / "a.db", mount / "g.db", check=True)
+        sqlite(mount / "g.db", "INSERT INTO t VALUES (7)")
+        with pytest.raises(SqlError, match="disk I/O error"):
+            reader(rows)
+        for shown in (mount, other):
+            assert sqlite(shown / "g.db", rows, "PRAGMA integrity_check") == "0,7\nok"
+    script = """
+for version in b"1", b"2":  # as editors save
+    os.close(make("new", version))
+    os.rename("new", "file")
+    result[version.decode()] = [content("file"), sorted(os.listdir("."))]
+one = make("held", b"one")
+os.fsync(one), os.rename("held", "moved")
+result["held"] = [errno_of(os.pread, one, 9, 0), content("moved"), errno_of(os.write, one, b"x"), content("moved")]
+result["over a folder"] = errno_of(os.rename, "file", "f")
+"""
+    assert client(mount.directory, script) == {
+        "1": ["1", ["f", "file", "g.db"]],
+        "2": ["2", ["f", "file", "g.db"]],
+        "held": ["ESTALE", "one", "ESTALE", "one"],
+        "over a folder": "EISDIR",
+    }
 
 
 def test_a_read_only_mount(place: Place, tmp_path: Path) -> None:
