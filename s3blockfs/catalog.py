@@ -30,8 +30,10 @@ from s3blockfs.errors import (
     Busy,
     DamagedObject,
     DatabaseExists,
+    DatabaseGone,
     DatabaseNotFound,
     NewerFormat,
+    NotSupported,
     ObjectNotFound,
     ReadOnly,
     UsageError,
@@ -43,9 +45,10 @@ from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, dele
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.lease import Lease
+from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
-from s3blockfs.sidefiles import SideFiles, is_side_file
+from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFiles, is_side_file
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.transfer import bury, put_state, rename
 
@@ -135,7 +138,8 @@ class Catalog:
         marked = {listed.key[len(marks_start) :] for listed in marks.result()}
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
-        for name in names:
+        journals = {name + JOURNAL_SUFFIX for name in names}  # left by sqlite-s3vfs
+        for name in set(names) - journals:
             prefix = start + name
             if name.endswith(DATABASE_SUFFIXES) and name not in marked:
                 found[name] = Entry(prefix, is_folder=False)
@@ -146,7 +150,7 @@ class Catalog:
         for name, future in unclear.items():
             try:
                 version = future.result()
-            except (DamagedObject, NewerFormat):  # perhaps no head at all: using it says what is wrong
+            except (DamagedObject, NewerFormat, NotSupported, DatabaseGone):  # using it says what is wrong
                 found[name] = Entry(start + name, is_folder=False)
                 continue
             self._probed[start + name] = version is not None
@@ -187,15 +191,15 @@ class Catalog:
         if known is not None and now - known[1] < self._config.refresh_s:
             return known[0]
         heads, before = self._head_file(prefix), known[0] if known else None
-        version = heads.read() if before is None else heads.read_if_changed(before)
+        version = heads.read(before) if before is None or before.snapshot else heads.read_if_changed(before)
         self._remember(prefix, version, now)
         return version
 
     def _source(self, prefix: str) -> Source:
         return Source(self._store, self._cache, self._runtime, prefix)
 
-    def _head_file(self, prefix: str) -> HeadFile:
-        return HeadFile(self._store, self._runtime, self._config, prefix)
+    def _head_file(self, prefix: str) -> AnyHead:
+        return AnyHead(self._source(prefix), self._config)
 
     def _remember(self, prefix: str, version: Version | None, now: float) -> None:
         with self._lock:
@@ -289,7 +293,7 @@ class Catalog:
         target, over, base, name = self._target(new)
         self._require_idle(source, target)
         if source.prefix != target.prefix:
-            state = Snapshot.load(source, version)
+            state = Snapshot.load(source, heads.convert(version))
             buried, moved = rename(source, heads, state, target, over, base, name, self._writer)
             self._replaced(source.prefix, buried)
             self._replaced(target.prefix, moved)
@@ -297,12 +301,12 @@ class Catalog:
     def copy(self, old: str, new: str, overwrite: bool = False) -> None:
         """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
         DatabaseExists, Busy."""
-        source, _, version = self.find(old)
+        source, from_heads, version = self.find(old)
         target, heads, base, name = self._target(new)
         if base is not None and not base.head.deleted and not overwrite:
             raise DatabaseExists(f"{self._label(new)}: exists")
         self._require_idle(target)
-        state = Snapshot.load(source, version)
+        state = Snapshot.load(source, from_heads.convert(version))
         made = put_state(state, source, target, heads, base, name, self._writer)
         self._replaced(target.prefix, made)
 
