@@ -1,8 +1,4 @@
-"""The databases under a bucket's prefix: names <-> key prefixes, listings, open databases, creation and deletion.
-
-A database with prefix `a/b.sqlite` is the file `a/b.sqlite`; one whose last part has no dot (`tenants/acme`) is shown
-as `tenants/acme.sqlite` and found under both names, unless its head records that it was created under its exact name.
-Exact names win. Prefixes above databases are folders.
+"""The databases under a bucket's prefix: open ones, creation, renaming, deletion. Names are the matter of `names.py`.
 
 Thread rule: any thread; `_lock` is never held during a request to the store.
 """
@@ -10,213 +6,49 @@ Thread rule: any thread; `_lock` is never held during a request to the store.
 import errno
 import os
 import platform
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from cachetools import LRUCache
-
-from s3blockfs.cache import BlockCache
-from s3blockfs.capabilities import ensure_safe
 from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database
-from s3blockfs.dirty import spill_folder
-from s3blockfs.errors import (
-    Busy,
-    DamagedObject,
-    DatabaseExists,
-    DatabaseGone,
-    DatabaseNotFound,
-    NewerFormat,
-    NotSupported,
-    ObjectNotFound,
-    ReadOnly,
-    StoreError,
-    UsageError,
-)
-from s3blockfs.format import keys
+from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, StoreError
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
-from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, deleted_mark_key, is_file_name, join
+from s3blockfs.format.keys import NONCE_BYTES, check_prefix, join
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.lease import Lease
-from s3blockfs.legacy import AnyHead, report_stale
+from s3blockfs.legacy import report_stale
+from s3blockfs.names import Names, undotted
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
-from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFiles, is_side_file
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.transfer import bury, put_state, rename
-
-#: Names with these endings are taken for databases in listings without looking.
-DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3", ".s3db", ".sl3")
-SHOWN_SUFFIX = ".sqlite"
 
 #: How often leases and the like are looked after; without requests unless something is due.
 TICK_S = 0.25
 
-#: Closed databases kept with their decoded heads, and heads kept for the time between a look and an open.
+#: Closed databases kept with their decoded heads.
 IDLE_KEPT = 64
-HEADS_KEPT = 64
-PROBES_KEPT = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a name stands for. Size in bytes, time in seconds by the store's clock; both 0 where not looked up."""
-
-    prefix: str
-    is_folder: bool
-    size: int = 0
-    modified_s: float = 0.0
-    shown_as: str | None = None
-    """The name in a listing, where it is another one than was asked for."""
-
-
-class Catalog:
+class Catalog(Names):
     """The databases under `root`, a key prefix without slashes at its ends ("" is the whole bucket)."""
 
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, root: str) -> None:
-        self._store = store
-        self._runtime = runtime
-        self._config = config
-        self._root = root
-        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s)
-        self._lock = threading.Lock()
+        super().__init__(store, runtime, config, root)
         self._open: dict[str, Database] = {}
         self._users: dict[Database, int] = {}
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
-        self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
-        self._head_files: WeakValueDictionary[str, AnyHead] = WeakValueDictionary()
-        self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
-        self._safe = config.only_writer
         self._writer = f"{platform.node()}:{os.getpid()}"
         self.refused: set[str] = set()
         """Prefixes under which the last PUT of a connection was refused."""
-        self.side_files = SideFiles(spill_folder(config.spill_dir))
         self._stop_ticking: Callable[[], None] | None = None
-
-    # --- looking ---------------------------------------------------------------------------------------
-
-    def lookup(self, path: str) -> Entry | None:
-        """What `path` (relative to the root, no slash at its start) is, or None."""
-        if path == "":
-            return Entry(self._root, is_folder=True)
-        if not all(is_file_name(part) and part != HIDDEN_FOLDER for part in path.split("/")):
-            return None
-        version = self._head(prefix := join(self._root, path))
-        if version is not None:
-            if version.head.deleted:
-                return None
-            entry, name = _entry(prefix, version), path.rpartition("/")[2]
-            if "." in name or version.head.name is not None:
-                return entry
-            hidden = self._head(prefix + SHOWN_SUFFIX) is not None
-            return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
-        alias = _undotted(path)
-        if alias is not None:
-            version = self._head(prefix := join(self._root, alias))
-            if version is not None and not version.head.deleted and version.head.name is None:
-                return _entry(prefix, version)
-        if path.endswith(DATABASE_SUFFIXES):
-            return None
-        return Entry(join(self._root, path), is_folder=True) if self._is_folder(path) else None
-
-    def listing(self, folder: str) -> list[tuple[str, Entry]]:
-        """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
-        base = join(self._root, folder)
-        start = f"{base}/" if base else ""
-        marks_start = f"{deleted_mark_key(base, '')}/"
-        marks = self._runtime.submit(lambda: list(self._store.list(marks_start, site="list-deleted")))
-        names = [
-            name
-            for listed in self._store.list(start, site="list", delimiter="/")
-            if listed.is_prefix and is_file_name(name := listed.key[len(start) : -1]) and name != HIDDEN_FOLDER
-        ]
-        marked = {listed.key[len(marks_start) :] for listed in marks.result()}
-        found: dict[str, Entry] = {}
-        unclear: dict[str, Future[Version | None]] = {}
-        journals = {name + JOURNAL_SUFFIX for name in names}  # left by sqlite-s3vfs
-        for name in set(names) - journals:
-            prefix = start + name
-            if name.endswith(DATABASE_SUFFIXES) and name not in marked:
-                found[name] = Entry(prefix, is_folder=False)
-            elif self._probed.get(prefix) is False and name not in marked:
-                found[name] = Entry(prefix, is_folder=True)
-            else:
-                unclear[name] = self._runtime.submit(partial(self._head, prefix))
-        for name, future in unclear.items():
-            try:
-                version = future.result()
-            except (DamagedObject, NewerFormat, NotSupported, DatabaseGone):  # using it says what is wrong
-                found[name] = Entry(start + name, is_folder=False)
-                continue
-            self._probed[start + name] = version is not None
-            if version is None:
-                if name not in marked or self._is_folder(join(folder, name)):
-                    found[name] = Entry(start + name, is_folder=True)
-            elif not version.head.deleted:
-                exact = "." in name or version.head.name is not None or name + SHOWN_SUFFIX in names
-                found[name if exact else name + SHOWN_SUFFIX] = _entry(start + name, version)
-        return sorted(found.items())
-
-    def _is_folder(self, path: str) -> bool:
-        """Whether keys below `path`, which has no head, make it a folder. A removed one may still hold tombstones: it
-        is none unless it was made again or has something to show."""
-        prefix = join(self._root, path)
-        mark = keys.folder_mark_key(prefix)
-        first = next(iter(self._store.list(f"{prefix}/", site="folder", max_keys=1)), None)
-        if first is None or first.key == mark:
-            return first is not None
-        parent, _, name = prefix.rpartition("/")
-        return not self._exists(deleted_mark_key(parent, name)) or self._exists(mark) or bool(self.listing(path))
-
-    def _exists(self, key: str) -> bool:
-        try:
-            self._store.get(key, site="folder-mark")
-        except ObjectNotFound:
-            return False
-        return True
-
-    def _head(self, prefix: str) -> Version | None:
-        """The head, at most as old as the refresh interval; None when there is none."""
-        now = self._runtime.monotonic()
-        with self._lock:
-            held = self._open.get(prefix)
-            known = self._heads.get(prefix)
-        if held is not None and not held.is_gone:
-            return held.version
-        heads, before = self._head_file(prefix), known[0] if known else None
-        if known is not None and now - known[1] < self._config.refresh_s:
-            seen = [version for version in (before, heads.latest) if version is not None]
-            return max(seen, key=lambda version: version.head.rev, default=None)
-        version = heads.read(before) if before is None or before.snapshot else heads.read_if_changed(before)
-        self._remember(prefix, version, now)
-        return version
-
-    def _source(self, prefix: str) -> Source:
-        return Source(self._store, self._cache, self._runtime, prefix)
-
-    def _head_file(self, prefix: str) -> AnyHead:
-        """One per prefix, so that what one connection sees or writes is known to the others at once."""
-        made = AnyHead(self._source(prefix), self._config)
-        with self._lock:
-            return self._head_files.setdefault(prefix, made)
-
-    def _remember(self, prefix: str, version: Version | None, now: float) -> None:
-        with self._lock:
-            known = self._heads.get(prefix, (None,))[0]
-            if version is None or known is None or version.head.rev >= known.head.rev:
-                self._heads[prefix] = (version, now)
-
-    # --- opening ---------------------------------------------------------------------------------------
 
     def open(self, path: str) -> Database:
         """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
@@ -297,10 +129,15 @@ class Catalog:
         for idle in dropped:
             idle.close()
 
+    def _shown(self, prefix: str) -> Version | None:
+        with self._lock:
+            held = self._open.get(prefix)
+        return None if held is None or held.is_gone else held.version
+
     def opened_at(self, path: str) -> Database | None:
         """The database known here under this name or its alias, open or lately closed; never asks the store."""
         with self._lock:
-            for name in (path, _undotted(path)):
+            for name in (path, undotted(path)):
                 prefix = join(self._root, name or "")
                 found = None if name is None else self._open.get(prefix) or self._idle.get(prefix)
                 if found is not None and (name == path or found.version.head.name is None):
@@ -350,16 +187,6 @@ class Catalog:
         made = put_state(state, source, target, heads, base, name, self._writer)
         self._replaced(target.prefix, made)
 
-    def find(self, path: str) -> tuple[Source, HeadFile, Version]:
-        """The newest state of a database, for commands. Raises DatabaseNotFound."""
-        entry = self.lookup(path)
-        if entry is not None and not entry.is_folder:
-            heads = self._head_file(entry.prefix)
-            version = heads.read()
-            if version is not None and not version.head.deleted:
-                return self._source(entry.prefix), heads, version
-        raise DatabaseNotFound(f"{self._label(path)}: no such database")
-
     def _target(self, path: str) -> tuple[Source, HeadFile, Version | None, str | None]:
         """(place, head, what it holds, name to record) for a database that is going to be under this name."""
         self.require_writable()
@@ -390,47 +217,12 @@ class Catalog:
         if idle is not None:
             idle.close()
 
-    def make_folder(self, path: str) -> None:
-        """Remembered by a mark in it. Raises DatabaseExists for any name in use, UsageError for one that cannot be."""
-        if self.lookup(path) is not None:
-            raise DatabaseExists(f"{self._label(path)}: exists")
-        check_prefix(prefix := join(self._root, path))
-        if path.endswith(DATABASE_SUFFIXES) or is_side_file(path) or self._head(prefix) is not None:
-            raise UsageError(f"{self._label(path)}: a name of databases or one that was deleted; choose another")
-        self.require_writable()
-        self._store.put(keys.folder_mark_key(prefix), b"", site="mark-folder")
-
-    def remove_folder(self, path: str) -> None:
-        """Raises DatabaseNotFound when there is no such folder, OSError (ENOTEMPTY; EBUSY for the root)."""
-        entry = self.lookup(path)
-        if entry is None:
-            raise DatabaseNotFound(f"{self._label(path)}: no such folder")
-        if not entry.is_folder:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-        if not path:
-            raise OSError(errno.EBUSY, "the root is not removed: unmount it")
-        self.require_writable()
-        if self.listing(path) or self.side_files.names_under(path):
-            raise OSError(errno.ENOTEMPTY, f"{self._label(path)}: not empty")
-        parent, _, name = entry.prefix.rpartition("/")
-        # What was deleted in it leaves tombstones, and some stores list empty prefixes for a while.
-        self._store.put(deleted_mark_key(parent, name), b"", site="mark-deleted")
-        self._store.delete([keys.folder_mark_key(entry.prefix)], site="unmark-folder")
-
     def tick(self) -> None:
         """Give leases back, and the like; called every now and then."""
         with self._lock:
             databases = [*self._users, *self._idle.values()]
         for database in databases:
             database.tick()
-
-    def require_writable(self) -> None:
-        """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""
-        if self._config.read_only:
-            raise ReadOnly(f"{self._label('')}: mounted read-only")
-        if not self._safe:
-            ensure_safe(self._store, self._root, self._runtime)
-            self._safe = True
 
     def close(self) -> None:
         """Forget everything; nobody uses the catalog any more."""
@@ -498,16 +290,3 @@ class Catalog:
             if exclusive or version is None or version.head.deleted:
                 raise
             return version
-
-    def _label(self, path: str) -> str:
-        return f"{self._store.name}/{join(self._root, path)}"
-
-
-def _entry(prefix: str, version: Version) -> Entry:
-    return Entry(prefix, False, version.head.size, version.head.time_ms / 1000)
-
-
-def _undotted(path: str) -> str | None:
-    """The other name under which `x.sqlite` may be stored: `x`, if that has no dot."""
-    stem = path.removesuffix(SHOWN_SUFFIX)
-    return stem if stem != path and "." not in stem.rpartition("/")[2] and stem.rpartition("/")[2] else None

@@ -22,13 +22,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
-from s3blockfs.catalog import Catalog, Entry
+from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.database import Database
 from s3blockfs.errors import S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
+from s3blockfs.names import Entry
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
