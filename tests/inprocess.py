@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import apsw
-from mounting import Client, Place
+from mounting import PATIENCE_S, Client, Place
 
 import s3blockfs
 
 #: Options of another machine: they differ from the defaults in nothing that matters, so it shares no engine with us.
 ELSEWHERE = {"refresh_s": 0.0, "cache_size": 1 << 26}
+
+#: What a connection waits for another one that writes, in milliseconds. Its lease outlives its transaction by 0.5 s.
+PATIENCE_MS = int(PATIENCE_S * 1000)
 
 
 def bucket_of(place: Place) -> Any:
@@ -33,7 +36,10 @@ def key(place: Place, name: str = "a.sqlite") -> str:
 
 
 def connect(place: Place, name: str = "a.sqlite", **options: Any) -> apsw.Connection:
-    return s3blockfs.connect(bucket=bucket_of(place), name=key(place, name), **options)
+    """Options are those of `s3blockfs.connect`."""
+    connection = s3blockfs.connect(bucket=bucket_of(place), name=key(place, name), **options)
+    connection.set_busy_timeout(PATIENCE_MS)
+    return connection
 
 
 def rows(connection: apsw.Connection, statement: str = "SELECT * FROM t") -> list[Any]:
@@ -61,7 +67,7 @@ class OtherProcess(Client):
 
 def main() -> Iterator[dict[str, Any]]:
     url, bucket, name = sys.argv[1:]
-    database = s3blockfs.connect(bucket=bucket, name=name, endpoint_url=url, refresh_s=0.0)
+    database = s3blockfs.connect(bucket=bucket, name=name, endpoint_url=url, refresh_s=0.0, lease_s=2.0)
     for line in sys.stdin:
         try:
             yield {"rows": list(database.execute(json.loads(line)))}

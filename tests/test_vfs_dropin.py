@@ -13,7 +13,7 @@ from typing import Any
 
 import apsw
 import pytest
-from inprocess import bucket_of, connect, elsewhere, key, rows
+from inprocess import PATIENCE_MS, bucket_of, connect, elsewhere, key, rows
 from mounting import Place, numbers, sqlite
 from proxy import FaultProxy
 
@@ -33,7 +33,9 @@ def local_database(rows_of_1k: int = 100) -> bytes:
 
 
 def opened(vfs: S3VFS, name: str) -> apsw.Connection:
-    return apsw.Connection(name, vfs=vfs.name)
+    connection = apsw.Connection(name, vfs=vfs.name)
+    connection.set_busy_timeout(PATIENCE_MS)
+    return connection
 
 
 @pytest.mark.parametrize("block_size", [4095, 4096, 4097, 65536, 1, 512])
@@ -165,7 +167,7 @@ def test_deserializing_loses_against_a_commit_in_between(place: Place) -> None:
 
 def test_large_databases_pass_through_in_constant_memory(place: Place) -> None:
     """96 MB in and out, in no more memory than caches and uploads may take."""
-    vfs = S3VFS(bucket_of(place), 1 << 20, cache_size=1 << 22, upload_memory=1 << 23, readahead_size=1 << 21)
+    vfs = S3VFS(bucket_of(place), 1 << 20, cache_size=1 << 22, memory=1 << 23, readahead_size=1 << 21)
     piece = os.urandom(1 << 18)
     count = 96 * 4
     digest = hashlib.md5(piece * 4).hexdigest()

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import apsw
 import pytest
-from inprocess import OtherProcess, bucket_of, connect, elsewhere, key, rows
+from inprocess import PATIENCE_MS, OtherProcess, bucket_of, connect, elsewhere, key, rows
 from mounting import PATIENCE_S, Place, SqlError
 
 from s3blockfs.vfs import S3VFS
@@ -34,37 +35,29 @@ def in_a_fork(check: Callable[[], None]) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_processes_lose_no_commit(place: Place) -> None:
+def test_processes_wait_for_each_other(place: Place) -> None:
     with OtherProcess(place) as one, OtherProcess(place) as two:
         one("CREATE TABLE t(x)")
 
         def add(process: OtherProcess, start: int) -> None:
-            process("PRAGMA busy_timeout=20000")
+            process(f"PRAGMA busy_timeout={PATIENCE_MS}")
             for number in range(start, start + 10):
-                while True:
-                    try:
-                        process(f"INSERT INTO t VALUES ({number})")
-                        break
-                    except SqlError as error:
-                        assert str(error).startswith(("IOError CommitLost", "BusyError"))
+                process(f"INSERT INTO t VALUES ({number})")
 
-        threads = [threading.Thread(target=add, args=args) for args in ((one, 0), (two, 100))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(add, one, 0), threads.submit(add, two, 100)]:
+                done.result()
         expected = [[number] for number in (*range(10), *range(100, 110))]
         assert one("SELECT x FROM t ORDER BY x") == two("SELECT x FROM t ORDER BY x") == expected
 
 
-@pytest.mark.xfail(strict=True, reason="lease")
-def test_a_second_process_waits_for_the_first(place: Place) -> None:
+def test_a_second_process_is_told_that_the_first_one_writes(place: Place) -> None:
     with OtherProcess(place) as one, OtherProcess(place) as two:
         one("CREATE TABLE t(x)")
         one("BEGIN IMMEDIATE", "INSERT INTO t VALUES (1)")
         with pytest.raises(SqlError, match="BusyError"):
             two("BEGIN IMMEDIATE")
-        two("PRAGMA busy_timeout=20000")
+        two(f"PRAGMA busy_timeout={PATIENCE_MS}")
         two.send("INSERT INTO t VALUES (2)")
         one("COMMIT")
         two.receive()
@@ -79,7 +72,6 @@ def test_frozen_and_thawed_in_a_transaction(place: Place, somebody_else_writes: 
         try:
             if somebody_else_writes:
                 other = connect(place)
-                other.set_busy_timeout(int(PATIENCE_S * 1000))
                 other.execute("INSERT INTO t VALUES (2)")
                 other.close()
         finally:
@@ -88,7 +80,7 @@ def test_frozen_and_thawed_in_a_transaction(place: Place, somebody_else_writes: 
             with pytest.raises(SqlError, match="IOError CommitLost"):
                 frozen("COMMIT")
             assert frozen("SELECT * FROM t") == [[2]]
-            frozen("INSERT INTO t VALUES (3)")
+            frozen(f"PRAGMA busy_timeout={PATIENCE_MS}", "INSERT INTO t VALUES (3)")
             assert elsewhere(place) == [(2,), (3,)]
         else:
             frozen("COMMIT")
@@ -153,7 +145,7 @@ def test_forks_while_other_threads_open_connections(place: Place) -> None:
     thread = threading.Thread(target=churn)
     thread.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             in_a_fork(child)
     finally:
         stop.set()
