@@ -1,4 +1,4 @@
-"""Two machines on one key prefix: two daemons that share nothing but the store. Used by the tests of SQLite on mounts."""
+"""Two machines on one key prefix: two daemons that share nothing but the store, for the tests of SQLite on mounts."""
 
 from __future__ import annotations
 

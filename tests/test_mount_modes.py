@@ -12,7 +12,6 @@ from itertools import product
 import pytest
 from mounting import Client, Place, SqlError, fresh_name, numbers
 from pairs import Pair, same_everywhere, size_of, statements, two_mounts
-from proxy import Fault, Request
 
 pytestmark = pytest.mark.mount
 
@@ -127,7 +126,7 @@ def test_what_elsewhere_sees(pair: Pair, name: str, mode: str, synchronous: str,
                 published = mode == "MEMORY" and row.publishes_at_commit
                 row.rollback("UPDATE t SET n = 5, a = randomblob(700)", compensates=published)
                 row.transaction(
-                    *("SAVEPOINT one", "UPDATE t SET a = randomblob(900)", "ROLLBACK TO one", "UPDATE t SET n = 6"),
+                    *("SAVEPOINT one", "UPDATE t SET a = randomblob(900)", "ROLLBACK TO one", "UPDATE t SET n = 6")
                 )
             before = reader("PRAGMA page_count")
             row.transaction("DELETE FROM t WHERE id > 40")
@@ -144,5 +143,7 @@ def test_what_elsewhere_sees(pair: Pair, name: str, mode: str, synchronous: str,
         row.locking = "NORMAL"
         row.local_readers_see(last)
         row.sees(last, 0)
+        neighbour("INSERT INTO t(n, a) VALUES (8, 'after')")
+        row.sees(neighbour(STATE), 1)
         assert reader("PRAGMA integrity_check") == [["ok"]]
     same_everywhere(pair, name)
