@@ -1,4 +1,5 @@
-"""SQLite on a mount: every journal mode, transactions, locks, and what another machine (a second daemon) sees."""
+"""SQLite on a mount: ATTACH, VACUUM, locks, readers, and what another machine (a second daemon) sees.
+Journal modes are in test_mount_modes.py, writers on two machines in test_two_mounts.py."""
 
 from __future__ import annotations
 
@@ -6,46 +7,19 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-from mounting import PATIENCE_S, Client, Mount, Place, SqlError, fresh_name, mounted, numbers, shell, sqlite
-from proxy import Fault, FaultProxy, Request
-
-from s3blockfs.embedded import Endpoint
+from mounting import PATIENCE_S, Client, Place, SqlError, fresh_name, numbers, shell, sqlite
+from pairs import Pair, same_everywhere, size_of, two_mounts
+from proxy import Fault, Request
 
 pytestmark = pytest.mark.mount
 
-MODES = [
-    *((f"PRAGMA journal_mode=DELETE; PRAGMA synchronous={level}") for level in ("OFF", "NORMAL", "FULL", "EXTRA")),
-    *(f"PRAGMA journal_mode={mode}" for mode in ("TRUNCATE", "PERSIST", "MEMORY", "OFF")),
-    "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=DELETE",
-]
-
-
-@dataclass
-class Pair:
-    """Two machines on one prefix; what `here` asks of the store goes through the proxy."""
-
-    here: Mount
-    elsewhere: Mount
-    proxy: FaultProxy
-
-    @property
-    def commits(self) -> int:
-        """How often `here` wrote a head."""
-        return self.proxy.counts()["PUT", "head"]
-
 
 @pytest.fixture(scope="module")
-def mounts(seaweed_endpoint: Endpoint, mount_bucket: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    place, folder = mount_bucket.inside(fresh_name("sqlite")), tmp_path_factory.mktemp("pair")
-    with (
-        FaultProxy(seaweed_endpoint.url) as proxy,
-        mounted(place.via(proxy.url), folder) as here,
-        mounted(place, folder) as elsewhere,
-    ):
-        yield Pair(here, elsewhere, proxy)
+def mounts(mount_bucket: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with two_mounts(mount_bucket.inside(fresh_name("sqlite")), tmp_path_factory.mktemp("pair")) as pair:
+        yield pair
 
 
 @pytest.fixture
@@ -61,77 +35,7 @@ def name() -> str:
     return fresh_name()
 
 
-def statements(text: str) -> list[str]:
-    return [part.strip() for part in text.split(";")]
-
-
-def same_everywhere(pair: Pair, name: str, *queries: str) -> str:
-    """Both mounts and a plain copy say the same, and the database is sound on each."""
-    queries = ("PRAGMA integrity_check", *queries)
-    said = {sqlite(mount / name, *queries) for mount in (pair.here, pair.elsewhere)}
-    assert len(said) == 1
-    sizes = {shell("stat", "-c", "%s", mount / name).stdout for mount in (pair.here, pair.elsewhere)}
-    assert len(sizes) == 1
-    assert shell("cmp", pair.here / name, pair.elsewhere / name).returncode == 0
-    first, _, rest = said.pop().partition("\n")
-    assert first == "ok"
-    return rest
-
-
-# --- commit and rollback ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_commit_is_seen_elsewhere_when_it_returns(pair: Pair, name: str, mode: str) -> None:
-    """In every journal mode the second mount sees each transaction as soon as COMMIT returned, and none before."""
-    with Client(pair.here / name) as writer:
-        writer("CREATE TABLE t(a)")
-        writer(*statements(mode))
-        with Client(pair.elsewhere / name) as reader:
-            for row in range(1, 5):
-                writer("BEGIN", f"INSERT INTO t VALUES ({row})", f"INSERT INTO t VALUES ({row})")
-                assert reader("SELECT count(*) FROM t") == [[2 * row - 2]]
-                writer("COMMIT")
-                assert reader("SELECT count(*), sum(a) FROM t") == [[2 * row, row * (row + 1)]]
-            writer(f"INSERT INTO t SELECT randomblob(2000) FROM ({numbers(500)})")
-            assert reader("SELECT count(*) FROM t") == [[508]]
-    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "508"
-
-
-@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.endswith("=OFF") or "synchronous" in mode])
-@pytest.mark.parametrize("cache", [1, 5, 2000])
-def test_rollback_publishes_nothing(pair: Pair, name: str, mode: str, cache: int) -> None:
-    """Also when pages had spilled into the file; the state before is there, here and elsewhere.
-
-    With a journal in SQLite's memory a spilled transaction that was rolled back is a commit that changes nothing.
-    """
-    with Client(pair.here / name) as writer:
-        writer("CREATE TABLE t(id INTEGER PRIMARY KEY, a)")
-        writer(f"INSERT INTO t SELECT i, randomblob(700) FROM ({numbers(400)})")
-        writer(*statements(mode), f"PRAGMA cache_size={cache}")
-        before = writer("SELECT total(length(a)), hex(max(a)) FROM t")
-        commits = pair.commits
-        writer("BEGIN", "UPDATE t SET a = randomblob(800)", "DELETE FROM t WHERE id % 3 = 0")
-        writer(f"INSERT INTO t(a) SELECT zeroblob(3000) FROM ({numbers(200)})", "ROLLBACK")
-        if "MEMORY" in mode and cache < 2000:  # no journal says that these pages are the old ones again
-            commits += 1
-        assert pair.commits == commits
-        assert writer("SELECT total(length(a)), hex(max(a)) FROM t") == before
-        if "EXCLUSIVE" not in mode:
-            with Client(pair.here / name) as other:
-                assert other("SELECT total(length(a)), hex(max(a)) FROM t") == before
-        writer("INSERT INTO t(a) VALUES ('after')")
-        assert pair.commits == commits + 1
-    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "401"
-
-
-def test_savepoints(pair: Pair, name: str) -> None:
-    """What was rolled back to a savepoint is not in the commit, what was released is."""
-    with Client(pair.here / name) as writer:
-        writer("CREATE TABLE t(a)", "PRAGMA cache_size=2", "BEGIN", "INSERT INTO t VALUES ('kept')")
-        writer("SAVEPOINT one", f"INSERT INTO t SELECT randomblob(900) FROM ({numbers(300)})", "ROLLBACK TO one")
-        writer("SAVEPOINT two", "INSERT INTO t VALUES ('too')", "RELEASE two", "COMMIT")
-    assert same_everywhere(pair, name, "SELECT a FROM t ORDER BY a") == "kept\ntoo"
+# --- several databases -------------------------------------------------------------------------------------
 
 
 def test_attached_databases_commit_together(pair: Pair, name: str) -> None:
@@ -178,7 +82,7 @@ def filled(pair: Pair, name: str, *pragmas: str, rows: int = 1500) -> int:
     """A database of `rows` KiB, two thirds of it deleted again; its size."""
     sqlite(pair.here / name, *pragmas, "CREATE TABLE t(id INTEGER PRIMARY KEY, a)")
     sqlite(pair.here / name, f"INSERT INTO t SELECT i, randomblob(1000) FROM ({numbers(rows)})")
-    size = int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout)
+    size = size_of(pair.elsewhere / name)
     assert size > rows * 1000
     return size
 
@@ -201,8 +105,8 @@ def test_vacuum(pair: Pair, name: str, shrink: str) -> None:
         rows = 500 if "%" in shrink else 0
         assert reader("SELECT count(*) FROM t") == [[rows]]
         assert int(same_everywhere(pair, name, "SELECT count(*) FROM t")) == rows
-        assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) < before / 2
-        sqlite(pair.elsewhere / name, "INSERT INTO t VALUES (5000, 'again')")
+        assert size_of(pair.elsewhere / name) < before / 2
+        sqlite(pair.elsewhere / name, ".timeout 60000", "INSERT INTO t VALUES (5000, 'again')")
         assert int(same_everywhere(pair, name, "SELECT count(*) FROM t")) == rows + 1
 
 
@@ -213,40 +117,21 @@ def test_auto_vacuum(pair: Pair, name: str) -> None:
     assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "1500"
     sqlite(pair.here / name, "DELETE FROM t WHERE id > 300")
     assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "300"
-    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) < before / 2
+    assert size_of(pair.elsewhere / name) < before / 2
 
 
 def test_incremental_vacuum(pair: Pair, name: str) -> None:
     before = filled(pair, name, "PRAGMA auto_vacuum=INCREMENTAL")
     sqlite(pair.here / name, "DELETE FROM t WHERE id > 300")
-    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) == before
+    assert size_of(pair.elsewhere / name) == before
     sqlite(pair.here / name, "PRAGMA incremental_vacuum(100)")
     same_everywhere(pair, name)
-    assert int(shell("stat", "-c", "%s", pair.elsewhere / name).stdout) == before - 100 * 4096
+    assert size_of(pair.elsewhere / name) == before - 100 * 4096
     sqlite(pair.here / name, "PRAGMA incremental_vacuum")
     assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "300"
 
 
 # --- locks and crashes of clients -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST", "MEMORY", "OFF"])
-def test_a_killed_client_leaves_nothing(pair: Pair, name: str, mode: str) -> None:
-    """SIGKILL in mid-transaction with spilled pages: the next user sees the committed state, nothing is published."""
-    with Client(pair.here / name) as writer:
-        writer("CREATE TABLE t(id INTEGER PRIMARY KEY, a)", f"PRAGMA journal_mode={mode}", "PRAGMA cache_size=2")
-        writer(f"INSERT INTO t SELECT i, randomblob(700) FROM ({numbers(300)})")
-        before = writer("SELECT hex(max(a)) FROM t")
-        commits = pair.commits
-        writer("BEGIN", "UPDATE t SET a = randomblob(700)", "DELETE FROM t WHERE id > 100")
-        writer.kill()
-    with Client(pair.here / name) as reader:
-        assert reader("SELECT count(*), hex(max(a)) FROM t") == [[300, *before[0]]]
-        assert reader("PRAGMA integrity_check") == [["ok"]]
-        assert pair.commits == commits
-        reader("INSERT INTO t(a) VALUES (1)")
-        assert pair.commits == commits + 1
-    assert same_everywhere(pair, name, "SELECT count(*) FROM t") == "301"
 
 
 def test_locks_between_processes(pair: Pair, name: str) -> None:
@@ -291,7 +176,8 @@ def test_many_writers_on_one_mount(pair: Pair, name: str) -> None:
 def test_two_mounts_write_in_turns(pair: Pair, name: str) -> None:
     """Connections stay open on both; each sees all of the other's commits and none is lost."""
     with Client(pair.here / name) as one, Client(pair.elsewhere / name) as two:
-        one("CREATE TABLE t(a)")
+        one("CREATE TABLE t(a)", "PRAGMA busy_timeout=60000")
+        two("PRAGMA busy_timeout=60000")
         for turn in range(12):
             writer, reader = (one, two) if turn % 2 else (two, one)
             if turn % 3 == 0:
@@ -300,28 +186,6 @@ def test_two_mounts_write_in_turns(pair: Pair, name: str) -> None:
                 writer(f"INSERT INTO t VALUES ({turn})")
             assert reader("SELECT count(*), max(a) FROM t") == [[turn + 1, turn]]
     assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == str(sum(range(12)))
-
-
-@pytest.mark.parametrize("mode", ["DELETE", "TRUNCATE", "PERSIST", "MEMORY"])
-def test_of_two_concurrent_commits_one_is_lost_with_an_error(pair: Pair, name: str, mode: str) -> None:
-    """The second to commit gets an error at COMMIT; nothing of it is anywhere; its connection can go on."""
-    with Client(pair.here / name) as one, Client(pair.elsewhere / name) as two:
-        one("CREATE TABLE t(a, b)", f"INSERT INTO t SELECT i, 0 FROM ({numbers(500)})")
-        for client, mark in ((one, 1), (two, 2)):
-            client(f"PRAGMA journal_mode={mode}", "PRAGMA cache_size=3")
-            client("BEGIN IMMEDIATE", f"UPDATE t SET b = {mark}")
-        one("COMMIT")
-        with pytest.raises(SqlError):
-            two("COMMIT")
-        try:
-            two("ROLLBACK")
-        except SqlError as error:
-            assert "no transaction is active" in str(error)
-        for client in (one, two):
-            assert client("SELECT min(b), max(b) FROM t") == [[1, 1]]
-        two("UPDATE t SET b = 3")
-        assert one("SELECT min(b), max(b) FROM t") == [[3, 3]]
-    assert same_everywhere(pair, name, "SELECT DISTINCT b FROM t") == "3"
 
 
 def test_a_long_open_reader_sees_each_commit_whole(pair: Pair, name: str) -> None:
