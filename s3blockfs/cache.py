@@ -65,8 +65,13 @@ class BlockCache:
         for run in self._claim(prefix, addresses)[0]:
             self._start(prefix, run)
 
+    def get(self, prefix: str, address: FrameAddress) -> bytes | None:
+        """What is here already."""
+        with self._lock:
+            return self._frames.get((prefix, address.ref, address.pos))
+
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
-        """Remember bytes that this process uploaded itself."""
+        """Remember bytes that this process uploaded, or fetched by other means."""
         with self._lock, suppress(ValueError):  # larger than the cache
             self._frames[prefix, address.ref, address.pos] = data
 

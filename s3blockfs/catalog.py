@@ -30,8 +30,10 @@ from s3blockfs.errors import (
     Busy,
     DamagedObject,
     DatabaseExists,
+    DatabaseGone,
     DatabaseNotFound,
     NewerFormat,
+    NotSupported,
     ObjectNotFound,
     ReadOnly,
     UsageError,
@@ -43,9 +45,10 @@ from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, dele
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.lease import Lease
+from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
-from s3blockfs.sidefiles import SideFiles, is_side_file
+from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFiles, is_side_file
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.transfer import bury, put_state, rename
 
@@ -89,7 +92,7 @@ class Catalog:
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
-        self._head_files: WeakValueDictionary[str, HeadFile] = WeakValueDictionary()
+        self._head_files: WeakValueDictionary[str, AnyHead] = WeakValueDictionary()
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
         self._safe = config.only_writer
         self._writer = f"{platform.node()}:{os.getpid()}"
@@ -138,7 +141,8 @@ class Catalog:
         marked = {listed.key[len(marks_start) :] for listed in marks.result()}
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
-        for name in names:
+        journals = {name + JOURNAL_SUFFIX for name in names}  # left by sqlite-s3vfs
+        for name in set(names) - journals:
             prefix = start + name
             if name.endswith(DATABASE_SUFFIXES) and name not in marked:
                 found[name] = Entry(prefix, is_folder=False)
@@ -149,7 +153,7 @@ class Catalog:
         for name, future in unclear.items():
             try:
                 version = future.result()
-            except (DamagedObject, NewerFormat):  # perhaps no head at all: using it says what is wrong
+            except (DamagedObject, NewerFormat, NotSupported, DatabaseGone):  # using it says what is wrong
                 found[name] = Entry(start + name, is_folder=False)
                 continue
             self._probed[start + name] = version is not None
@@ -191,16 +195,16 @@ class Catalog:
         if known is not None and now - known[1] < self._config.refresh_s:
             seen = [version for version in (before, heads.latest) if version is not None]
             return max(seen, key=lambda version: version.head.rev, default=None)
-        version = heads.read() if before is None else heads.read_if_changed(before)
+        version = heads.read(before) if before is None or before.snapshot else heads.read_if_changed(before)
         self._remember(prefix, version, now)
         return version
 
     def _source(self, prefix: str) -> Source:
         return Source(self._store, self._cache, self._runtime, prefix)
 
-    def _head_file(self, prefix: str) -> HeadFile:
+    def _head_file(self, prefix: str) -> AnyHead:
         """One per prefix, so that what one connection sees or writes is known to the others at once."""
-        made = HeadFile(self._store, self._runtime, self._config, prefix)
+        made = AnyHead(self._source(prefix), self._config)
         with self._lock:
             return self._head_files.setdefault(prefix, made)
 
@@ -324,7 +328,7 @@ class Catalog:
         target, over, base, name = self._target(new)
         self._require_idle(source, target)
         if source.prefix != target.prefix:
-            state = Snapshot.load(source, version)
+            state = Snapshot.load(source, heads.convert(version))
             buried, moved = rename(source, heads, state, target, over, base, name, self._writer)
             self._replaced(source.prefix, buried)
             self._replaced(target.prefix, moved)
@@ -333,12 +337,12 @@ class Catalog:
     def copy(self, old: str, new: str, overwrite: bool = False) -> None:
         """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
         DatabaseExists, Busy."""
-        source, _, version = self.find(old)
+        source, from_heads, version = self.find(old)
         target, heads, base, name = self._target(new)
         if base is not None and not base.head.deleted and not overwrite:
             raise DatabaseExists(f"{self._label(new)}: exists")
         self._require_idle(target)
-        state = Snapshot.load(source, version)
+        state = Snapshot.load(source, from_heads.convert(version))
         made = put_state(state, source, target, heads, base, name, self._writer)
         self._replaced(target.prefix, made)
 

@@ -70,7 +70,11 @@ class Database(State):
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Uncommitted bytes over committed ones; fewer at the end of the file, none past it."""
         self._require_settled()
-        return header.in_rollback_mode(offset, self._view.read(offset, length, readahead))
+        try:
+            return header.in_rollback_mode(offset, self._view.read(offset, length, readahead))
+        except DatabaseGone:  # sqlite-s3vfs overwrote what was to be read: the next transaction looks again
+            self.checked_s = float("-inf")
+            raise
 
     # --- changing --------------------------------------------------------------------------------------
 
@@ -81,12 +85,14 @@ class Database(State):
             if header.sets_wal(offset, data) and self.locks.writers():  # PRAGMA journal_mode=WAL, in its transaction
                 raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
             if self._takes_writes(owners):
+                self._convert()
                 self._view.write(offset, data)
 
     def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
         with self._changing():
             if self._takes_writes(owners) and size != self.size:
+                self._convert()
                 self._view.truncate(size)
 
     def _takes_writes(self, owners: Container[Hashable] | None) -> bool:
@@ -329,6 +335,7 @@ class Database(State):
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
             now = self._source.runtime.monotonic()
+            self._convert()
             try:
                 self._lease.take(self, self.version)
                 self.checked_s = now
@@ -341,6 +348,17 @@ class Database(State):
                 # One process shares a single SHARED among its connections, and may never let go of it. SQLite's own
                 # PENDING keeps its new readers out: so let it come to that, and refuse EXCLUSIVE.
                 self._doomed = owner
+
+    def _convert(self) -> None:
+        """Before the first change. The bytes stay as they are."""
+        shown = self.version
+        try:
+            version = self._heads.convert(shown)
+        except Busy:
+            self.checked_s = float("-inf")
+            raise
+        if version is not shown:
+            self._adopt(version, None)
 
     # --- states ----------------------------------------------------------------------------------------
 

@@ -66,6 +66,10 @@ class HeadFile:
 
     def read(self) -> Version | None:
         """The head, tombstones included; None when there is none."""
+        return self.stored()
+
+    def stored(self) -> Version | None:
+        """The same, and nothing that only stands for a head (legacy.py)."""
         before = self.latest
         try:
             return self._seen(before, self._version(self._store.get(self._key, site="head")))
@@ -141,6 +145,10 @@ class HeadFile:
                 raise StoreUnavailable(f"{self._name}: not written before the deadline; nothing was changed, try again")
             pause = self._pause(pause)
 
+    def convert(self, version: Version) -> Version:
+        """`version`, or what it is made into before anything is written to it (legacy.py)."""
+        return version
+
     def settle(self, doubt: Doubt, again: bool = True) -> Version | None:
         """The end of an Unsettled swap: the head that holds it, or None: it was not applied and never will be.
         Raises Unsettled when that still cannot be told, DatabaseGone when the head vanished."""
@@ -177,7 +185,7 @@ class HeadFile:
         pause = BACKOFF_FIRST_S
         while True:
             try:
-                seen = self.read()
+                seen = self.stored()
                 break
             except S3BlockFSError as error:  # also a damaged head: the outcome is still unknown
                 if self._runtime.monotonic() + pause > deadline:

@@ -12,6 +12,7 @@ from s3blockfs.header import without_counter
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
 HEADER_BYTES = 28
+FIRST_SECTOR_BYTES = 512  # SQLite reads a hot journal's first header by this size, before it knows what is in it
 
 _HEADER = struct.Struct(">8sIIIII")  # magic, records, nonce, pages before, sector size, page size
 _ALL_RECORDS = 0xFFFFFFFF
@@ -27,17 +28,26 @@ def is_hot(first_byte: bytes) -> bool:
     return first_byte not in (b"", b"\0")
 
 
-def page_images(read: Reader, size: int) -> Iterator[tuple[int, bytes]]:
+def size_before(read: Reader, size: int) -> int | None:
+    """Bytes that the database had before a hot journal's transaction; None if SQLite would not play it back."""
+    if size < FIRST_SECTOR_BYTES:
+        return None
+    magic, _, _, pages, sector, page = _HEADER.unpack(read(0, HEADER_BYTES))
+    return pages * page if magic == MAGIC and sector in _SECTOR_SIZES and page in _PAGE_SIZES else None
+
+
+def page_images(read: Reader, size: int, hot: bool = False) -> Iterator[tuple[int, bytes]]:
     """(offset, what the database held there before the transaction) of the images with a valid checksum, in order.
     Stops at the first that is not valid, as SQLite's play-back does. A stale record of an earlier transaction (PERSIST)
-    fails its checksum, because every header draws a new nonce."""
+    fails its checksum, because every header draws a new nonce. `hot`: its writer died, so what it had not synced never
+    reached the database; the journal of a living one is complete all the same."""
     start = 0
     while start + HEADER_BYTES <= size:
         magic, records, nonce, _, sector, page = _HEADER.unpack(read(start, HEADER_BYTES))
         if magic != MAGIC or sector not in _SECTOR_SIZES or page not in _PAGE_SIZES:
             return
         pos, record_bytes = start + sector, page + 8
-        if records in (0, _ALL_RECORDS):  # never synced: SQLite goes by the size of the file
+        if records == _ALL_RECORDS or (records == 0 and not hot):  # never synced: SQLite goes by the size of the file
             records = max(0, size - pos) // record_bytes
         for _ in range(records):
             record = read(pos, record_bytes)

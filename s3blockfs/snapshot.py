@@ -43,6 +43,8 @@ class Version(NamedTuple):
     head: Head
     etag: str
     body: bytes
+    snapshot: Snapshot | None = None
+    """What reads it, where no head is stored: a database of sqlite-s3vfs."""
 
 
 class Piece(NamedTuple):
@@ -116,6 +118,8 @@ class Snapshot:
     @classmethod
     def load(cls, source: Source, version: Version) -> Snapshot:
         """Index the whole log: one ranged GET for each segment not seen before, in parallel."""
+        if version.snapshot is not None:
+            return version.snapshot
         head = version.head
         records: dict[int, Commit] = {}
         pieces: defaultdict[int, list[Piece]] = defaultdict(list)

@@ -1,0 +1,101 @@
+"""Databases of the real sqlite-s3vfs on a real S3 server, through a mount."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import apsw
+import boto3
+import pytest
+import s3vfs
+from mounting import Client, Place, SqlError, mounted, shell, sqlite
+from s3vfs import CREATE, dump, fill, run
+
+pytestmark = [pytest.mark.s3, pytest.mark.mount]
+
+
+def bucket_of(place: Place) -> Any:
+    keys = {"aws_access_key_id": place.access_key, "aws_secret_access_key": place.secret_key}
+    return boto3.resource("s3", endpoint_url=place.url, region_name="us-east-1", **keys).Bucket(place.bucket)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "page_size"), [(4095, 4096), (4096, 4096), (4097, 512), (65536, 4096), (8192, 65536)]
+)
+def test_read_then_written(place: Place, tmp_path: Path, block_size: int, page_size: int) -> None:
+    bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
+    run(bucket, prefix, f"PRAGMA page_size={page_size}", CREATE, fill(300), block_size=block_size)
+    content = s3vfs.content(bucket, prefix)
+    listed = place.listing()
+    with mounted(place, tmp_path) as mount:
+        file = mount / "old.db"
+        assert shell("ls", mount.directory).stdout.split() == ["old.db"]
+        assert shell("stat", "-c", "%s", file).stdout.strip() == str(len(content))
+        shell("cp", file, tmp_path / "copy", check=True)
+        assert (tmp_path / "copy").read_bytes() == content
+        assert sqlite(file, "PRAGMA integrity_check; SELECT count(*), sum(length(data)) FROM t") == "ok\n300|90000"
+        assert set(place.listing()) - {".s3blockfs/store"} == set(listed)
+        sqlite(file, "INSERT INTO t VALUES (1000, 'new')")
+        assert sqlite(file, "PRAGMA integrity_check; SELECT count(*) FROM t") == "ok\n301"
+        assert set(place.listing()).isdisjoint(listed)
+        with pytest.raises(apsw.Error):
+            run(bucket, prefix, "SELECT count(*) FROM t", block_size=block_size)
+    with mounted(place, tmp_path) as mount:
+        assert sqlite(mount / "old.db", "SELECT data FROM t WHERE id=1000") == "new"
+
+
+def test_a_leftover_journal(place: Place, tmp_path: Path) -> None:
+    """That library died after it wrote pages and before it deleted its journal."""
+    bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
+    run(bucket, prefix, CREATE, fill(100))
+    content = s3vfs.content(bucket, prefix)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(apsw.Error, s3vfs.Died):
+
+        def die(*_: object) -> None:
+            raise s3vfs.Died
+
+        patch.setattr("sqlite_s3vfs.S3VFS.xDelete", die)
+        run(bucket, prefix, "UPDATE t SET data=randomblob(300)")
+    assert s3vfs.content(bucket, prefix) != content
+    listed = place.listing()
+    assert "old.db-journal/0000000000" in listed
+    with mounted(place, tmp_path, "--read-only") as mount:
+        assert shell("ls", mount.directory).stdout.split() == ["old.db"]
+        shell("cp", mount / "old.db", tmp_path / "copy", check=True)
+        assert (tmp_path / "copy").read_bytes() == content
+    assert place.listing() == listed
+    with mounted(place, tmp_path) as mount:
+        sqlite(mount / "old.db", "UPDATE t SET data='x' WHERE id=1")
+        assert sqlite(mount / "old.db", "PRAGMA integrity_check; SELECT count(*) FROM t") == "ok\n100"
+    assert not any("-journal" in key for key in place.listing())
+
+
+def test_that_library_writes_while_it_is_mounted(place: Place, tmp_path: Path) -> None:
+    """An open connection sees the old state, the new one, or an error."""
+    bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
+    run(bucket, prefix, CREATE, fill(200))
+    with mounted(place, tmp_path) as mount, Client(mount / "old.db") as client:
+        assert client("SELECT count(*) FROM t") == [[200]]
+        for value in range(5):
+            client("BEGIN")
+            client("SELECT length(data) FROM t WHERE id=1")
+            run(bucket, prefix, f"UPDATE t SET data={value}, id=id+1000")
+            with contextlib.suppress(SqlError):
+                assert client("SELECT count(*), count(DISTINCT data) FROM t")[0] in ([200, 200], [200, 1])
+            with contextlib.suppress(SqlError):
+                client("ROLLBACK")
+            assert client("SELECT DISTINCT data FROM t") == [[value]]
+        assert len(dump(s3vfs.content(bucket, prefix))) == 200
+
+
+def test_removing_one(place: Place, tmp_path: Path) -> None:
+    bucket = bucket_of(place)
+    for name in ("a.db", "plain"):
+        run(bucket, f"{place.prefix}/{name}", CREATE, fill(10))
+    with mounted(place, tmp_path) as mount:
+        assert shell("ls", mount.directory).stdout.split() == ["a.db", "plain.sqlite"]
+        shell("rm", mount / "a.db", mount / "plain.sqlite", check=True)
+        assert shell("ls", mount.directory).stdout == ""
+    assert not any(key.endswith("0000000000") for key in place.listing())
