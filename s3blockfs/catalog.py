@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakValueDictionary
@@ -36,6 +37,7 @@ from s3blockfs.errors import (
     NotSupported,
     ObjectNotFound,
     ReadOnly,
+    StoreError,
     UsageError,
 )
 from s3blockfs.format import keys
@@ -45,7 +47,7 @@ from s3blockfs.format.keys import HIDDEN_FOLDER, NONCE_BYTES, check_prefix, dele
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.lease import Lease
-from s3blockfs.legacy import AnyHead
+from s3blockfs.legacy import AnyHead, report_stale
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFiles, is_side_file
@@ -227,6 +229,8 @@ class Catalog:
             if version is None or version.head.deleted:
                 raise DatabaseNotFound(f"{self._label(path)}: no such database")
             database = self._add(entry.prefix, version)
+            with suppress(StoreError):
+                report_stale(self._source(entry.prefix), version.head)
         try:
             if not database.is_dirty:
                 database.refresh(self._config.refresh_s)
@@ -366,6 +370,7 @@ class Catalog:
         check_prefix(prefix)
         heads = self._head_file(prefix)
         base = heads.read()
+        base = base and heads.convert(base)
         live = base is not None and not base.head.deleted
         return self._source(prefix), heads, base, base.head.name if base and live else path.rpartition("/")[2]
 

@@ -484,3 +484,35 @@ def test_an_interrupted_export_is_no_database(world: World, bucket: MemoryBucket
             continue
         break
     assert at > 4
+
+
+# --- other commands ----------------------------------------------------------------------------------------
+
+
+def test_rename_and_copy(world: World, bucket: MemoryBucket) -> None:
+    """Both copy objects inside the store, so they convert first."""
+    before = s3vfs.content(bucket, P)
+    machine = world.machine()
+    machine.copy(P, "copy.db")
+    assert without_counters(world.content("copy.db")) == without_counters(before) == without_counters(world.content(P))
+    run(bucket, "second.db", CREATE, fill(5))
+    machine.rename("second.db", "renamed.db")
+    assert len(dump(world.content("renamed.db"))) == 5 and machine.lookup("second.db") is None
+    run(bucket, "third.db", CREATE, fill(7))
+    machine.rename("renamed.db", "third.db")  # over one
+    assert len(dump(world.content("third.db"))) == 5
+    assert [key for key in keys(world, "") if key.endswith("0000000000")] == []
+
+
+def test_one_that_cannot_be_read_does_not_hide_the_others(world: World, bucket: MemoryBucket) -> None:
+    run(bucket, "old/nodot", CREATE, fill(60))
+    world.store.inner.delete(["old/nodot/0000000002"])
+    assert [name for name, _ in world.machine().listing("old")] == ["app.db", "nodot"]
+
+
+def test_old_keys_beside_a_head_are_reported_by_open(
+    world: World, bucket: MemoryBucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    adopt(world, keep=True)
+    world.machine().open(P)
+    assert "old/app.db/0000000000: left or written by sqlite-s3vfs" in caplog.text
