@@ -13,6 +13,9 @@ import s3vfs
 from mounting import Client, Place, SqlError, mounted, shell, sqlite
 from s3vfs import CREATE, dump, fill, run
 
+from s3blockfs import connect
+from s3blockfs.vfs import S3VFS
+
 pytestmark = [pytest.mark.s3, pytest.mark.mount]
 
 
@@ -99,3 +102,28 @@ def test_removing_one(place: Place, tmp_path: Path) -> None:
         shell("rm", mount / "a.db", mount / "plain.sqlite", check=True)
         assert shell("ls", mount.directory).stdout == ""
     assert not any(key.endswith("0000000000") for key in place.listing())
+
+
+@pytest.mark.parametrize("block_size", [4095, 4096, 65536])
+def test_in_process(place: Place, block_size: int) -> None:
+    """The class of the same name takes over what the original wrote, whatever block size it is given."""
+    bucket, prefix = bucket_of(place), f"{place.prefix}/old/cool.sqlite"
+    run(bucket, prefix, CREATE, fill(100), block_size=block_size)
+    content = s3vfs.content(bucket, prefix)
+    vfs = S3VFS(bucket=bucket, block_size=block_size)
+    assert b"".join(vfs.serialize_iter(key_prefix=prefix)) == content
+    connection, reader = (apsw.Connection(prefix, vfs=vfs.name) for _ in range(2))
+    try:
+        assert list(connection.execute("SELECT count(*) FROM t")) == [(100,)]
+        reader.execute("BEGIN; SELECT * FROM t")
+        assert any(key.endswith("/0000000000") for key in place.listing())
+        connection.execute("INSERT INTO t VALUES (1000, 'new')")
+        reader.execute("COMMIT")
+        assert list(connection.execute("SELECT count(*) FROM t")) == [(101,)]
+    finally:
+        connection.close()
+        reader.close()
+    assert not any(key.endswith("/0000000000") for key in place.listing())
+    with contextlib.closing(connect(bucket=bucket, name=prefix)) as again:
+        assert list(again.execute("PRAGMA integrity_check")) == [("ok",)]
+        assert list(again.execute("SELECT count(*) FROM t")) == [(101,)]
