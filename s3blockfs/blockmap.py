@@ -16,6 +16,9 @@ from typing import NamedTuple
 from s3blockfs.format import extents as codec
 from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
 
+#: Beyond every block.
+NO_END = 1 << 62
+
 #: Fetches and decodes one leaf; it may raise whatever a GET raises.
 Load = Callable[[LeafRef], tuple[Extent, ...]]
 
@@ -59,7 +62,7 @@ class BlockMap:
 
     @classmethod
     def of(cls, extents: tuple[Extent, ...], leaves: tuple[LeafRef, ...], load: Load) -> BlockMap:
-        return cls([_Leaf(leaf.first, leaf, None) for leaf in leaves] or [_Leaf(0, None, extents)], load)
+        return cls([_Leaf(leaf.first, leaf, None) for leaf in leaves] or _split(0, extents), load)
 
     def find(self, first: int, end: int) -> Iterator[Extent]:
         """The extents that overlap blocks first..end, clipped to them, in order."""
@@ -79,18 +82,21 @@ class BlockMap:
             return self
         todo = sorted(new)
         leaves: list[_Leaf] = []
-        for index, leaf in enumerate(self._leaves):
-            limit = self._firsts[index + 1] if index + 1 < len(self._leaves) else None
-            mine = [part for e in todo for part in _clip(e, leaf.first, e.end if limit is None else limit)]
-            if not mine:
+        for leaf, end in zip(self._leaves, [*self._firsts[1:], NO_END], strict=True):
+            mine = [part for extent in todo for part in _clip(extent, leaf.first, end)]
+            leaves += _split(leaf.first, _merge(leaf.extents(self._load), mine)) if mine else [leaf]
+        return BlockMap(leaves, self._load)
+
+    def clip(self, first: int, limit: Callable[[int], int]) -> BlockMap:
+        """Without the blocks from `limit(seq)` on of extents that are complete to seq; no limit is below `first`."""
+        leaves: list[_Leaf] = []
+        for leaf, end in zip(self._leaves, [*self._firsts[1:], NO_END], strict=True):
+            rows = leaf.extents(self._load) if first < end else ()
+            kept = tuple(part for extent in rows for part in _clip(extent, extent.first, limit(extent.seq)))
+            if kept == rows:
                 leaves.append(leaf)
-                continue
-            merged = _merge(leaf.extents(self._load), mine)
-            parts = max(1, -(-len(merged) // LEAF_EXTENTS))
-            step = max(1, -(-len(merged) // parts))  # even parts: a full leaf and a crumb would breed crumbs
-            for start in range(0, max(1, len(merged)), step):
-                part = tuple(merged[start : start + step])
-                leaves.append(_Leaf(part[0].first if start else leaf.first, None, part))
+            elif kept or leaf.first == 0:
+                leaves += _split(leaf.first, kept)
         return BlockMap(leaves, self._load)
 
     def encode(self, rev: int, nonce: Callable[[], bytes]) -> EncodedMap:
@@ -113,6 +119,14 @@ class BlockMap:
             refs.append(ref)
             leaves.append(leaf)
         return EncodedMap((), tuple(refs), tuple(uploads), BlockMap(leaves, self._load))
+
+
+def _split(first: int, rows: Sequence[Extent]) -> list[_Leaf]:
+    """New leaves, the first of which covers the blocks from `first` on."""
+    parts = max(1, -(-len(rows) // LEAF_EXTENTS))
+    step = max(1, -(-len(rows) // parts))  # even parts: a full leaf and a crumb would breed crumbs
+    starts = range(0, max(1, len(rows)), step)
+    return [_Leaf(rows[start].first if start else first, None, tuple(rows[start : start + step])) for start in starts]
 
 
 def joined(extents: Iterable[Extent]) -> list[Extent]:

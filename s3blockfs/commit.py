@@ -35,6 +35,8 @@ FULL_TAIL_BYTES = MIB
 ROLL_RAW_BYTES = 16 * MIB
 ROLL_COMMITS = 1024
 
+#: Large commits whose records are still in the tail hold up the fold of their segments: this many start a roll.
+ROLL_SEGMENTS = 8
 
 #: Stands for the ETag of a head that is not the newest any more: it never matches.
 SUPERSEDED = '"superseded"'
@@ -107,7 +109,7 @@ class Publisher:
         self._lease.committed(version.head)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
-        if self._rolling is None and _is_beyond(head.tail, ROLL_BYTES, 1):
+        if self._rolling is None and (_is_beyond(head.tail, ROLL_BYTES, 1) or _holds_up_a_fold(head)):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
                 self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq and not head.deleted:
@@ -154,6 +156,11 @@ def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
         or tail.raw_bytes >= times * ROLL_RAW_BYTES
         or len(tail.commits) >= times * ROLL_COMMITS
     )
+
+
+def _holds_up_a_fold(head: Head) -> bool:
+    first = [commit.record.seq for commit in head.tail.commits[:1]]
+    return bool(first) and sum(segment.first_seq >= first[0] for segment in head.segments) >= ROLL_SEGMENTS
 
 
 def _joined(chunks: Iterable[tuple[int, bytes]], block_size: int) -> list[tuple[int, bytes]]:

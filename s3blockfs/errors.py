@@ -74,6 +74,10 @@ class DatabaseNotFound(S3BlockFSError, errno=ENOENT, exit_code=3):
     """No database of that name (or a tombstone)."""
 
 
+class TooOld(S3BlockFSError, errno=ESTALE, exit_code=3):
+    """A past state is older than the retention: its objects are garbage, or collected already."""
+
+
 class DatabaseExists(S3BlockFSError, errno=EEXIST, exit_code=7):
     """A database of that name exists."""
 

@@ -2,7 +2,7 @@
 
 Look-up is by seq: a log entry counts for a block only if its seq is higher than what the block's extent in the map is
 complete to; older entries are covered by newer ones when the index is built. A commit that cut the file masks older
-bytes beyond its `cut`, in the log (removed when the index is built) and in the base (`_Cut`).
+bytes beyond its `cut`, in the log (removed when the index is built) and in the base (`Cut`).
 
 Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), finding a newer head (head.py).
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -20,16 +21,17 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
-from s3blockfs.blockmap import BlockMap
+from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.cache import BlockCache
-from s3blockfs.errors import DamagedObject, ObjectNotFound
+from s3blockfs.errors import DamagedObject, ObjectNotFound, TooOld
 from s3blockfs.format import data as codec
 from s3blockfs.format import extents as map_codec
+from s3blockfs.format import head as head_codec
 from s3blockfs.format.data import Commit, FrameAddress, Index, IndexEntry, slot_address
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.head import Head, Segment
-from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
-from s3blockfs.format.tail import LogCommit
+from s3blockfs.format.keys import NONCE_BYTES, ObjectRef, head_key, rev_of
+from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 
@@ -57,11 +59,14 @@ class Piece(NamedTuple):
     origin: int
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """Base bytes at or beyond `at` that are older than commit `seq` are gone."""
 
     seq: int
     at: int
+
+
+_Pieces = Mapping[int, Sequence[Piece]]
 
 
 @dataclass(slots=True)
@@ -102,13 +107,27 @@ class Source:
         with self._indexes_lock:
             self._indexes[ref] = index
 
+    @contextmanager
+    def reading(self, head: Head) -> Iterator[None]:
+        """An object that `head` needs is missing: TooOld if a collector may have deleted it by now."""
+        try:
+            yield
+        except DamagedObject as error:
+            key = head_key(self.prefix)
+            now = head_codec.decode(_get(self.store, key, "head"), self.name_of(key))
+            pinned = any(rev_of(self.prefix, snapshot.archive) == head.rev for snapshot in now.snapshots)
+            if head.rev > now.floor or pinned:
+                raise
+            text = f"{self.name_of(self.prefix)}: this state is older than the retention; open a newer one"
+            raise TooOld(text) from error
+
 
 class Snapshot:
     """One committed state of one database."""
 
     __slots__ = ("_log", "_source", "head", "map", "version")
 
-    def __init__(self, source: Source, version: Version, block_map: BlockMap, log: _Log) -> None:
+    def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source = source
         self._log = log
         self.version = version
@@ -116,28 +135,27 @@ class Snapshot:
         self.map = block_map
 
     @classmethod
-    def load(cls, source: Source, version: Version) -> Snapshot:
-        """Index the whole log: one ranged GET for each segment not seen before, in parallel."""
+    def load(cls, source: Source, version: Version, at: int | None = None) -> Snapshot:
+        """The state of a head, or the one right after commit `at` by what that head still knows; the caller vouches
+        that nothing that `at` needs was dropped before this head (history.py). Indexes the whole log: one ranged GET
+        for each segment not seen before, in parallel. Raises TooOld."""
         if version.snapshot is not None:
             return version.snapshot
         head = version.head
-        records: dict[int, Commit] = {}
-        pieces: defaultdict[int, list[Piece]] = defaultdict(list)
-        for segment, index in zip(head.segments, _load_indexes(source, head.segments), strict=True):
-            records.update((record.seq, record) for record in index.commits)
-            for piece in segment_pieces(segment.ref, index.extents):
-                pieces[piece.seq].append(piece)
-        for commit in head.tail.commits:
-            records[commit.record.seq] = commit.record
-            pieces[commit.record.seq] += tail_pieces(commit)
-        log = _Log(head.block_size)
-        for seq in sorted(records.keys() | pieces.keys()):
-            log.apply(records.get(seq), pieces[seq])
-        return cls(source, version, BlockMap.of(head.extents, head.leaves, source.load_leaf), log)
+        with source.reading(head):
+            records, pieces = read_log(source, head)
+            block_map = BlockMap.of(head.extents, head.leaves, source.load_leaf)
+            if at is not None and at != head.seq:
+                if at not in records:
+                    raise TooOld(f"{source.name_of(source.prefix)}: commit {at} is not kept; open a newer one")
+                head = _head_at(head, records[at], block_map)
+                block_map = BlockMap.of(head.extents, (), source.load_leaf)
+        log = Log.of(head.block_size, records, pieces, head.seq)
+        return cls(source, version._replace(head=head), block_map, log)
 
     def advance(self, version: Version, record: Commit, pieces: Iterable[Piece], block_map: BlockMap) -> Snapshot:
         """The state after one more commit, made here: only what it touched is indexed anew."""
-        log = replace(self._log, overlay=dict(self._log.overlay), size=self.head.size)
+        log = replace(self._log, overlay=dict(self._log.overlay))
         log.apply(record, pieces)
         return Snapshot(self._source, version, block_map, log)
 
@@ -151,19 +169,19 @@ class Snapshot:
     def read(self, offset: int, length: int) -> bytes:
         """Committed bytes; fewer at the end of the file, none past it, zeros in holes."""
         end = min(offset + length, self.head.size)
-        if offset >= end:
-            return b""
-        plan = self._plan(offset, end)
-        frames = iter(self._source.cache.fetch(self._source.prefix, _addresses(plan)))
-        parts = [(piece, piece.source if isinstance(piece.source, bytes) else next(frames)) for piece in plan]
-        if len(parts) == 1 and (plan[0].start, plan[0].end) == (offset, end):
-            piece, data = parts[0]
-            return data[offset - piece.origin : end - piece.origin]
-        result = bytearray(end - offset)
-        for piece, data in parts:
-            part = memoryview(data)[piece.start - piece.origin : piece.end - piece.origin]
-            result[piece.start - offset : piece.end - offset] = part
-        return bytes(result)
+        return self._read([(offset, end)])[0] if offset < end else b""
+
+    def read_blocks(self, blocks: Iterable[int]) -> list[bytes]:
+        """Whole blocks by their numbers, by few requests also if they are scattered; zeros behind the file's end."""
+        size = self.head.block_size
+        return self._read([(block * size, (block + 1) * size) for block in blocks])
+
+    def _read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        with self._source.reading(self.head):
+            plans = [self._plan(low, high) for low, high in ranges]
+            addresses = [address for plan in plans for address in _addresses(plan)]
+            frames = iter(self._source.cache.fetch(self._source.prefix, addresses))
+        return [_assembled(low, high, plan, frames) for (low, high), plan in zip(ranges, plans, strict=True)]
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
@@ -197,18 +215,27 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class _Log:
+class Log:
     """The index of a log: commits are applied in the order of their seq, each its cut first, then its bytes."""
 
     block_size: int
     overlay: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
-    cuts: tuple[_Cut, ...] = ()  # seq and `at` both rise
-    size: int | None = None
+    cuts: tuple[Cut, ...] = ()  # seq and `at` both rise
+    size: int | None = None  # of the file; not known before the first record
+
+    @classmethod
+    def of(cls, block_size: int, records: Mapping[int, Commit], pieces: _Pieces, last: int) -> Log:
+        """Of the commits up to `last`."""
+        log = cls(block_size)
+        for seq in sorted(seq for seq in records.keys() | pieces.keys() if seq <= last):
+            log.apply(records.get(seq), pieces.get(seq, ()))
+        return log
 
     def apply(self, record: Commit | None, pieces: Iterable[Piece]) -> None:
         if record is not None:
+            # Base bytes beyond the end may be stale, so the first record cuts also a file that it does not shorten.
             if self.size is None or record.cut < self.size:
-                self._cut(_Cut(record.seq, record.cut))
+                self._cut(Cut(record.seq, record.cut))
             self.size = record.size
         for new in pieces:
             block = new.start // self.block_size
@@ -217,13 +244,29 @@ class _Log:
             kept = [part for old in self.overlay.get(block, ()) for part in _outside(old, new)]
             self.overlay[block] = tuple(sorted((*kept, new), key=lambda piece: piece.start))
 
-    def _cut(self, cut: _Cut) -> None:
+    def _cut(self, cut: Cut) -> None:
         """Log bytes beyond the cut vanish; base bytes are masked by `cuts`."""
         for block in [number for number, pieces in self.overlay.items() if pieces[-1].end > cut.at]:
             kept = tuple(p._replace(end=min(p.end, cut.at)) for p in self.overlay.pop(block) if p.start < cut.at)
             if kept:
                 self.overlay[block] = kept
         self.cuts = (*(earlier for earlier in self.cuts if earlier.at < cut.at), cut)
+
+
+def read_log(source: Source, head: Head) -> tuple[dict[int, Commit], _Pieces]:
+    """The records and the bytes of all commits in the log, by seq."""
+    records: dict[int, Commit] = {}
+    pieces: defaultdict[int, list[Piece]] = defaultdict(list)
+    for segment, index in zip(head.segments, _load_indexes(source, head.segments), strict=True):
+        seqs = range(segment.first_seq, segment.last_seq + 1)  # a restored head may count only the first ones
+        records.update((record.seq, record) for record in index.commits if record.seq in seqs)
+        for piece in segment_pieces(segment.ref, index.extents):
+            if piece.seq in seqs:
+                pieces[piece.seq].append(piece)
+    for commit in head.tail.commits:
+        records[commit.record.seq] = commit.record
+        pieces[commit.record.seq] += tail_pieces(commit)
+    return records, pieces
 
 
 def tail_pieces(commit: LogCommit) -> list[Piece]:
@@ -248,6 +291,36 @@ def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | 
         return store.get(key, site=site, start=start, length=length).body
     except ObjectNotFound:
         raise DamagedObject(f"{store.name}/{key}: missing") from None
+
+
+def _head_at(head: Head, record: Commit, block_map: BlockMap) -> Head:
+    """What this head would have been right after an earlier commit; its counter is not known."""
+    at = record.seq
+    return replace(
+        head,
+        seq=at,
+        commit=record.id,
+        size=record.size,
+        time_ms=record.time_ms,
+        counter=None,
+        segments=tuple(s._replace(last_seq=min(s.last_seq, at)) for s in head.segments if s.first_seq <= at),
+        extents=tuple(extent for extent in block_map.find(0, NO_END) if extent.seq <= at),
+        leaves=(),
+        tail=Tail.of(commit for commit in head.tail.commits if commit.record.seq <= at),
+    )
+
+
+def _assembled(low: int, high: int, plan: Sequence[Piece], frames: Iterator[bytes]) -> bytes:
+    """The bytes low..high from the pieces of a plan, the fetched ones from `frames`; each covers what came before."""
+    parts = [(piece, piece.source if isinstance(piece.source, bytes) else next(frames)) for piece in plan]
+    if len(parts) == 1 and (plan[0].start, plan[0].end) == (low, high):
+        piece, data = parts[0]
+        return data[low - piece.origin : high - piece.origin]
+    result = bytearray(high - low)
+    for piece, data in parts:
+        part = memoryview(data)[piece.start - piece.origin : piece.end - piece.origin]
+        result[piece.start - low : piece.end - low] = part
+    return bytes(result)
 
 
 def _addresses(plan: Iterable[Piece]) -> list[FrameAddress]:

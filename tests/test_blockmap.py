@@ -122,6 +122,33 @@ def test_a_map_is_a_dict(todo: list[tuple[list[Extent], bool]], inline_bytes: in
                     assert found == {b: row for b, row in model.items() if first <= b < end}
 
 
+@given(batches(), st.lists(st.tuples(st.integers(0, 15), st.integers(0, BLOCKS)), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=200)
+def test_clipping_a_map(todo: list[tuple[list[Extent], bool]], drawn: list[tuple[int, int]]) -> None:
+    """What was written before a cut is gone from there on; leaves before all cuts are not even loaded."""
+
+    def limit(seq: int) -> int:
+        return min((at for cut_seq, at in drawn if cut_seq > seq), default=blockmap.NO_END)
+
+    with small_leaves():
+        store = Leaves()
+        block_map = BlockMap.of((), (), store.load)
+        for rows, _ in todo:
+            block_map = block_map.replace(rows)
+        model = as_dict(list(block_map.find(0, BLOCKS)))
+        first = min(at for _, at in drawn)
+        before = store.encode(block_map, 1)
+        clipped = store.reload(before).clip(first, limit)
+        unloaded = [leaf for leaf, after in pairwise(before.leaves) if after.first <= first]
+        assert not {leaf.key("P") for leaf in unloaded} & set(store.loaded)
+        after = store.encode(clipped, 2)
+        assert after.leaves[: len(unloaded)] == tuple(unloaded)
+        expected = {block: row for block, row in model.items() if block < limit(row[2])}
+        assert as_dict(list(store.reload(after).find(0, BLOCKS))) == expected
+        if expected == model:
+            assert after.leaves == before.leaves
+
+
 def test_of_equal_seqs_the_new_extent_counts() -> None:
     """A compaction moves blocks to another object and keeps what they are complete to."""
     store = Leaves()

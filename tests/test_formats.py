@@ -55,7 +55,7 @@ def fixed_zlib(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(compress=lambda content: packed(content, level, zdict), flush=lambda: b"")
 
     stand_in = SimpleNamespace(**{**vars(zlib), "compress": packed, "compressobj": compressobj})
-    for module in (data, extents, tail):
+    for module in (data, tail):
         monkeypatch.setattr(module, "zlib", stand_in)
 
 
@@ -143,6 +143,17 @@ def test_keys() -> None:
     assert ObjectRef.decode(REF.encode(), "it") == REF
     longest = max(len(k) for k in (keys.archive_key("", 0, nonce), REF.key(""), keys.map_key("", 0, 0, nonce)))
     assert longest <= keys.LONGEST_SUFFIX_BYTES
+
+
+def test_the_rev_of_a_key() -> None:
+    """That of each kind of object, and of nothing that only looks like one: what is collected is told by it."""
+    nonce, rev = REF.nonce, REF.rev
+    known = [REF.key("a/b"), keys.archive_key("a/b", rev, nonce), keys.map_key("a/b", 1234567, rev, nonce)]
+    assert [keys.rev_of("a/b", key) for key in known] == [rev] * 3
+    others = [keys.head_key("a/b"), *(key.upper() for key in known), *(f"{key}\n" for key in known), "", "a/b"]
+    others += [f"{key}/x" for key in known] + [key.replace("a/b", "a") for key in known] + ["data/" + known[0]]
+    assert all(keys.rev_of("a/b", key) is None for key in others)
+    assert keys.rev_of("a/b", known[0].removeprefix("a/b/")) is None
 
 
 @pytest.mark.parametrize("text", ["", "x", REF.encode() + "\n", REF.encode().upper(), " " + REF.encode()[1:], None, 5])

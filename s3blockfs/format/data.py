@@ -1,42 +1,38 @@
 """The one immutable object format, `P/data/...`, in its two roles.
 
-Layout: header (16 bytes), frames, index, footer (48 bytes). A frame is one extent of the database file, and verifies
-itself when only its own bytes were fetched by a ranged GET: its CRC covers the object's uid, the file offset, the
-commit's seq, both lengths and the stored bytes.
-
-* log role ("segment"): the extents of one or more commits, each at most a block long and inside one block, compressed
-  when that helps; the index names them all and carries the commit records.
-* base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte.
+Header, frames, index, footer. A frame is one extent of the database file and verifies itself when only its own bytes
+were fetched. Log role ("segment"): extents of one or more commits, none crossing a block boundary, compressed when that
+helps. Base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte.
 """
 
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from struct import Struct
+from typing import Any, NamedTuple
 
 from s3blockfs.errors import DamagedObject, NewerFormat
 from s3blockfs.format.keys import ObjectRef
 
+Row = tuple[Any, ...]
+
 VERSION = 1
 LOG, BASE = 0, 1
 
-_HEADER = struct.Struct(">4sBBH8s")  # magic, version, role, reserved, uid
-_FRAME = struct.Struct(">QQIIB3xI")  # offset, seq, raw length, stored length, codec, CRC-32
-_FOOTER = struct.Struct(">8sQIIIIQ4sI")  # uid, index pos, index length, index CRC, frames, commits, length, magic, CRC
-_COMMIT = struct.Struct(">Q16sQQQ")  # seq, commit id, time in ms, size in bytes, cut in bytes
-_EXTENT = struct.Struct(">QQQII")  # pos, offset, seq, raw length, stored length
+_HEADER = Struct(">4sBBH8s")  # magic, version, role, reserved, uid
+_FRAME = Struct(">QQIIB3xI")  # offset, seq, raw length, stored length, codec, CRC-32
+_FOOTER = Struct(">8sQIIIIQ4sI")  # uid, index pos, index length, index CRC, frames, commits, length, magic, CRC
+_COMMIT = Struct(">Q16sQQQ")  # seq, commit id, time in ms, size in bytes, cut in bytes
+_EXTENT = Struct(">QQQII")  # pos, offset, seq, raw length, stored length
 _MAGIC, _END_MAGIC = b"S3BD", b"DB3S"
 _RAW, _ZLIB = 0, 1
 
 HEADER_BYTES, FRAME_BYTES, FOOTER_BYTES = _HEADER.size, _FRAME.size, _FOOTER.size
 COMMIT_ID_BYTES = 16
 
-#: Payload of a block object, and the size at which segments are split: large enough that requests cost little, small
-#: enough that four in flight fit in memory.
+#: Payload of a block object, and the size at which segments are split: requests cost little, several fit in memory.
 OBJECT_BYTES = 4 * 1024 * 1024
-
-#: No legal frame or index is longer; a decoder allocates no more than this for one.
-MAX_FRAME_BYTES = 16 * 1024 * 1024
+MAX_FRAME_BYTES = 16 * 1024 * 1024  # no legal frame or index is longer; a decoder allocates no more for one
 
 
 class Commit(NamedTuple):
@@ -81,7 +77,7 @@ class Index(NamedTuple):
 
 
 class BuiltObject(NamedTuple):
-    """An encoded object and where its index lies, which the head repeats so that opening needs one ranged GET."""
+    """An encoded object, and where its index lies: the head repeats it so that opening needs one ranged GET."""
 
     body: bytes
     index_pos: int
@@ -116,12 +112,7 @@ def build(
         parts += (head, _frame_crc(uid, head, stored).to_bytes(4, "big"), stored)
         entries.append(IndexEntry(pos, offset, seq, len(raw), len(stored)))
         pos += FRAME_BYTES + len(stored)
-    index = zlib.compress(
-        struct.pack(">II", len(commits), len(entries))
-        + b"".join(_COMMIT.pack(*commit) for commit in commits)
-        + b"".join(_EXTENT.pack(*entry) for entry in entries),
-        6,
-    )
+    index = pack_tables(_COMMIT, commits, _EXTENT, entries)
     index_crc = zlib.crc32(index, zlib.crc32(uid))
     length = pos + len(index) + FOOTER_BYTES
     footer = _FOOTER.pack(uid, pos, len(index), index_crc, len(entries), len(commits), length, _END_MAGIC, 0)[:-4]
@@ -153,15 +144,27 @@ def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:
     """The index of a data object. Raises DamagedObject."""
     if zlib.crc32(buffer, zlib.crc32(uid)) != crc:
         raise DamagedObject(f"{name}: checksum mismatch in the index")
-    data = inflate(buffer, MAX_FRAME_BYTES, name)
-    n_commits, n_extents = struct.unpack_from(">II", data) if len(data) >= 8 else (0, 0)
-    middle = 8 + n_commits * _COMMIT.size
-    if len(data) != middle + n_extents * _EXTENT.size:
-        raise DamagedObject(f"{name}: index length does not fit its counts")
-    extents = tuple(IndexEntry(*row) for row in _EXTENT.iter_unpack(data[middle:]))
-    if any(entry.raw > MAX_FRAME_BYTES or entry.stored > MAX_FRAME_BYTES for entry in extents):
+    commits, extents = unpack_tables(buffer, MAX_FRAME_BYTES, _COMMIT, _EXTENT, name)
+    index = Index(tuple(Commit(*row) for row in commits), tuple(IndexEntry(*row) for row in extents))
+    if any(entry.raw > MAX_FRAME_BYTES or entry.stored > MAX_FRAME_BYTES for entry in index.extents):
         raise DamagedObject(f"{name}: an extent of more than {MAX_FRAME_BYTES} bytes")
-    return Index(tuple(Commit(*row) for row in _COMMIT.iter_unpack(data[8:middle])), extents)
+    return index
+
+
+def pack_tables(first: Struct, rows: Sequence[Row], second: Struct, more: Sequence[Row]) -> bytes:
+    """Compressed: how many rows each table has (4 bytes each), then the tables."""
+    tables = [first.pack(*row) for row in rows] + [second.pack(*row) for row in more]
+    return zlib.compress(struct.pack(">II", len(rows), len(more)) + b"".join(tables), 6)
+
+
+def unpack_tables(packed: bytes, limit: int, first: Struct, second: Struct, name: str) -> tuple[list[Row], list[Row]]:
+    """Raises DamagedObject."""
+    body = inflate(packed, limit, name)
+    n_rows, n_more = struct.unpack_from(">II", body) if len(body) >= 8 else (0, 0)
+    middle = 8 + n_rows * first.size
+    if len(body) != middle + n_more * second.size:
+        raise DamagedObject(f"{name}: its length does not fit its counts")
+    return list(first.iter_unpack(body[8:middle])), list(second.iter_unpack(body[middle:]))
 
 
 def inflate(packed: bytes, limit: int, where: str, zdict: bytes = b"") -> bytes:

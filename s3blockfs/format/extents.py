@@ -1,24 +1,20 @@
 """The map's codec: which block object holds each block. A map is a sorted, disjoint list of extents.
+Inline in the head while it is small, otherwise in leaves of at most LEAF_EXTENTS extents (<= 64 KiB)."""
 
-Inline in the head while it is small; otherwise cut into leaves `P/map/<leaf>-<rev>-<nonce>` of at most LEAF_EXTENTS
-extents (<= 64 KiB), each covering the blocks from its `first` up to the next leaf's.
-"""
-
-import struct
-import zlib
 from collections.abc import Iterable
+from struct import Struct
 from typing import NamedTuple
 
 from s3blockfs.errors import DamagedObject, NewerFormat
-from s3blockfs.format.data import inflate
+from s3blockfs.format.data import pack_tables, unpack_tables
 from s3blockfs.format.keys import ObjectRef, map_key
 
 LEAF_EXTENTS = 1024
 INLINE_MAP_BYTES = 16 * 1024
 
 _MAGIC = b"S3BM\x01"
-_OBJECT = struct.Struct(">Q8s8s")
-_EXTENT = struct.Struct(">QIIIQ")  # first block, blocks, object number, first slot, complete to seq
+_OBJECT = Struct(">Q8s8s")
+_EXTENT = Struct(">QIIIQ")  # first block, blocks, object number, first slot, complete to seq
 _MAX_LEAF_BYTES = 4 * 1024 * 1024
 
 
@@ -38,7 +34,7 @@ class Extent(NamedTuple):
 
 
 class LeafRef(NamedTuple):
-    """A leaf of the map: the blocks from `first` on. The CRC ties the content to the head that refers to it."""
+    """The blocks from `first` up to the next leaf's. The CRC ties the content to the head that refers to it."""
 
     first: int
     number: int
@@ -53,12 +49,8 @@ class LeafRef(NamedTuple):
 def encode(extents: Iterable[Extent]) -> bytes:
     rows = list(extents)
     numbers = {ref: number for number, ref in enumerate(dict.fromkeys(extent.ref for extent in rows))}
-    body = (
-        struct.pack(">II", len(numbers), len(rows))
-        + b"".join(_OBJECT.pack(*ref) for ref in numbers)
-        + b"".join(_EXTENT.pack(e.first, e.blocks, numbers[e.ref], e.slot, e.seq) for e in rows)
-    )
-    return _MAGIC + zlib.compress(body, 6)
+    numbered = [(e.first, e.blocks, numbers[e.ref], e.slot, e.seq) for e in rows]
+    return _MAGIC + pack_tables(_OBJECT, list(numbers), _EXTENT, numbered)
 
 
 def decode(encoded: bytes, name: str) -> tuple[Extent, ...]:
@@ -67,15 +59,11 @@ def decode(encoded: bytes, name: str) -> tuple[Extent, ...]:
         raise DamagedObject(f"{name}: not a block map")
     if encoded[:5] != _MAGIC:
         raise NewerFormat(f"{name}: block map version {encoded[4:5].hex()}; upgrade s3blockfs")
-    body = inflate(encoded[5:], _MAX_LEAF_BYTES, name)
-    n_objects, n_extents = struct.unpack_from(">II", body) if len(body) >= 8 else (0, 0)
-    middle = 8 + n_objects * _OBJECT.size
-    if len(body) != middle + n_extents * _EXTENT.size:
-        raise DamagedObject(f"{name}: block map length does not fit its counts")
-    refs = [ObjectRef(*row) for row in _OBJECT.iter_unpack(body[8:middle])]
+    objects, extents = unpack_tables(encoded[5:], _MAX_LEAF_BYTES, _OBJECT, _EXTENT, name)
+    refs = [ObjectRef(*row) for row in objects]
     rows: list[Extent] = []
-    for first, blocks, number, slot, seq in _EXTENT.iter_unpack(body[middle:]):
-        if number >= n_objects or blocks == 0 or (rows and first < rows[-1].end):
+    for first, blocks, number, slot, seq in extents:
+        if number >= len(refs) or blocks == 0 or (rows and first < rows[-1].end):
             raise DamagedObject(f"{name}: block map out of order")
         rows.append(Extent(first, blocks, refs[number], slot, seq))
     return tuple(rows)

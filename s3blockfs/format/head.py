@@ -1,8 +1,7 @@
 """The head: the one mutable object of a database, changed only by compare-and-swap.
 
-Layout: one line of JSON (readable with `head -1`), the inline map, the tail, then `S3BH` and a CRC-32 of everything
-before it. The nonce is new in every head, because S3's ETag is a content hash and must never repeat.
-"""
+One line of JSON (readable with `head -1`), the inline map, the tail, then `S3BH` and a CRC-32 of everything before it.
+The nonce is new in every head, because S3's ETag is a content hash and must never repeat."""
 
 import json
 import re
@@ -34,7 +33,7 @@ _MAGIC = b"S3BH"
 
 
 class Segment(NamedTuple):
-    """A data object in the log role that the head still needs."""
+    """A data object in the log role, of which the commits first_seq..last_seq count."""
 
     ref: ObjectRef
     first_seq: int
@@ -86,19 +85,26 @@ class Head:
     tail: Tail = field(default_factory=Tail)
 
 
-# Decoders of JSON values: each raises ValueError or TypeError for what it cannot take.
+#: Of a JSON value: raises ValueError or TypeError for what it cannot take.
+_Decode = Callable[[Any], Any]
+
+
+def _exact(kind: type, value: Any) -> Any:
+    if type(value) is not kind:  # true is no number
+        raise TypeError(f"not a {kind.__name__}")
+    return value
 
 
 def _number(limit: int, value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= limit:
-        raise ValueError("not a number in range")
-    return value
+    if not 0 <= _exact(int, value) <= limit:
+        raise ValueError("out of range")
+    return int(value)
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 4096:
-        raise ValueError("not a text")
-    return value
+    if len(_exact(str, value)) > 4096:
+        raise ValueError("too long")
+    return str(value)
 
 
 def _hex(size: int, value: Any) -> bytes:
@@ -107,33 +113,23 @@ def _hex(size: int, value: Any) -> bytes:
     return bytes.fromhex(value)
 
 
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("not true or false")
-    return value
-
-
-def _optional(decode: Callable[[Any], Any], value: Any) -> Any:
+def _optional(decode: _Decode, value: Any) -> Any:
     return None if value is None else decode(value)
 
 
-def _row(make: Callable[..., Any], columns: Sequence[Callable[[Any], Any]], value: Any) -> Any:
-    if not isinstance(value, list):
-        raise ValueError("not a row")
-    return make(*(decode(cell) for decode, cell in zip(columns, value, strict=True)))
+def _row(make: Callable[..., Any], columns: Sequence[_Decode], value: Any) -> Any:
+    return make(*(decode(cell) for decode, cell in zip(columns, _exact(list, value), strict=True)))
 
 
-def _rows(make: Callable[..., Any], columns: Sequence[Callable[[Any], Any]], value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise ValueError("not a list of rows")
-    return tuple(_row(make, columns, row) for row in value)
+def _rows(make: Callable[..., Any], columns: Sequence[_Decode], value: Any) -> tuple[Any, ...]:
+    return tuple(_row(make, columns, row) for row in _exact(list, value))
 
 
 _ref = partial(ObjectRef.decode, name="a segment")
 _count = partial(_number, (1 << 63) - 1)
 
 #: The JSON line, in this order, by the fields of `Head` (the names in JSON say "bytes" where they mean bytes).
-_FIELDS: dict[str, Callable[[Any], Any]] = {
+_FIELDS: dict[str, _Decode] = {
     "id": partial(_hex, 16),
     "rev": _count,
     "seq": _count,
@@ -144,7 +140,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "writer": _text,
     "time_ms": _count,
     "floor": _count,
-    "deleted": _flag,
+    "deleted": partial(_exact, bool),
     "name": partial(_optional, _text),
     "counter": partial(_optional, partial(_number, 0xFFFFFFFF)),
     "lease": partial(_optional, partial(_row, Lease, (_text, _text, _count))),
@@ -195,7 +191,7 @@ def decode(body: bytes, name: str) -> Head:
     if magic != _MAGIC or crc != zlib.crc32(body[: -_TRAILER.size], zlib.crc32(_MAGIC)):
         raise DamagedObject(f"{name}: checksum mismatch in the head")
     values: dict[str, Any] = {}
-    sections: dict[str, Callable[[Any], Any]] = {"map_bytes": _count, "tail_bytes": _count}
+    sections: dict[str, _Decode] = {"map_bytes": _count, "tail_bytes": _count}
     for key, convert in {**_FIELDS, **sections}.items():
         try:
             values[key] = convert(fields.get(_IN_JSON.get(key, key)))

@@ -1,8 +1,5 @@
-"""The object keys under a database's prefix `P`, and references to them.
-
-Names are never reused: `rev` is that of the head on which the upload was based, the nonce is random.
-Segments are fixed-width `[0-9a-z-]`, because some stores list per directory and in another order.
-"""
+"""The object keys under a database's prefix `P`, and references to them. Names are never reused: `rev` is that of the
+head on which the upload was based, the nonce is random. Fixed-width `[0-9a-z-]`: some stores list in another order."""
 
 from __future__ import annotations
 

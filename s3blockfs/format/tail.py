@@ -1,8 +1,7 @@
 """The tail: recent commits carried inside the head, so that a small commit is one PUT.
 
-A commit's bytes are cut into chunks of at most 4 KiB at 4 KiB boundaries; each is compressed with the chunk's previous
-version in this tail as zlib dictionary (a one-row commit changes 8-14 KiB of pages but about 1 KiB of information).
-Appending therefore costs the new commit only; a tail is always decoded whole, from its start.
+A chunk is compressed with its previous version in this tail as zlib dictionary (a one-row commit changes 8-14 KiB of
+pages but about 1 KiB of information), so appending costs the new commit only; a tail is always decoded from its start.
 """
 
 from __future__ import annotations
@@ -115,16 +114,11 @@ def _encode(commit: LogCommit, latest: _Latest) -> bytes:
 
 
 def _decode_chunk(stored: bytes, raw: int, codec: int, previous: bytes | None, name: str) -> bytes:
-    if raw > CHUNK_BYTES:
-        raise DamagedObject(f"{name}: a chunk of {raw} bytes in the tail")
-    if codec == _RAW:
-        data = stored
-    elif codec == _ZLIB:
-        data = inflate(stored, raw, name)
-    elif codec == _DELTA and previous is not None:
-        data = inflate(stored, raw, name, zdict=previous)
-    else:
+    if codec > _DELTA or (codec == _DELTA and previous is None):
         raise DamagedObject(f"{name}: unknown chunk codec {codec} in the tail")
-    if len(data) != raw:
+    data = stored
+    if codec != _RAW and raw <= CHUNK_BYTES:
+        data = inflate(stored, raw, name, zdict=(previous or b"") if codec == _DELTA else b"")
+    if len(data) != raw or raw > CHUNK_BYTES:
         raise DamagedObject(f"{name}: a chunk of another length than declared in the tail")
     return data

@@ -1,0 +1,108 @@
+"""Past commits: which can still be opened, and from which head.
+
+A swap that drops a reference archives the head it replaces, and every commit stays separate in the log until a fold. So
+the first kept head with a seq of at least s only ever *added* to the state right after commit s, and shows it when
+everything newer is ignored. Kept are the *roots*: archives with a rev above the floor, those that a named snapshot
+pins, and the head itself. What was dropped before the first root above the floor cannot be seen any more; an extent
+uploaded above the floor was swapped in above it too, so only older ones may have displaced something unseen: that root
+shows no commit that is older than one of them.
+
+Thread rule: any thread.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import TypeVar, cast
+
+from s3blockfs.blockmap import NO_END, BlockMap
+from s3blockfs.errors import DamagedObject, DatabaseNotFound, ObjectNotFound, S3BlockFSError, TooOld
+from s3blockfs.format import head as codec
+from s3blockfs.format.data import Commit
+from s3blockfs.format.head import Head
+from s3blockfs.format.keys import rev_of
+from s3blockfs.head import HeadFile
+from s3blockfs.snapshot import Snapshot, Source, Version, read_log
+
+T = TypeVar("T")
+
+
+def roots(source: Source, head: Head) -> Iterator[Version]:
+    """The archived heads that `head` keeps, oldest first, one at a time. Raises DamagedObject, StoreError."""
+    pinned = {snapshot.archive for snapshot in head.snapshots}
+    listed = {entry.key for entry in source.store.list(f"{source.prefix}/archive/", site="roots")}
+    dated = [(rev_of(source.prefix, key), key) for key in listed | pinned]
+    for rev, key in sorted((rev, key) for rev, key in dated if rev is not None):
+        if key in pinned or head.floor < rev < head.rev:
+            try:
+                found = source.store.get(key, site="roots")
+            except ObjectNotFound:
+                if key in pinned:
+                    raise DamagedObject(f"{source.name_of(key)}: missing") from None
+                continue  # a collector with a higher floor was here: it is no root any more
+            yield Version(codec.decode(found.body, source.name_of(key)), found.etag, found.body)
+
+
+def commits(source: Source, heads: HeadFile) -> list[Commit]:
+    """Every commit that can be opened, newest first. Raises DatabaseNotFound, DamagedObject, StoreError."""
+
+    def collected(version: Version) -> list[Commit]:
+        return [commit for _, found in _timeline(source, version, 0) for commit in found][::-1]
+
+    return _under_one_floor(source, heads, collected)
+
+
+def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
+    """The state right after the commit with this seq, or that of the named snapshot with this label.
+    Raises DatabaseNotFound, TooOld, DamagedObject, StoreError."""
+
+    def opened(version: Version) -> Snapshot:
+        label = source.name_of(source.prefix)
+        if isinstance(which, str):
+            keys = {snapshot.label: snapshot.archive for snapshot in version.head.snapshots}
+            if rev_of(source.prefix, keys.get(which, "")) is None:
+                raise DatabaseNotFound(f"{label}: no snapshot {which!r}")
+            found = source.store.get(keys[which], site="roots")
+            head = codec.decode(found.body, source.name_of(keys[which]))
+            return Snapshot.load(source, Version(head, found.etag, found.body))
+        for root, found_there in _timeline(source, version, which):
+            if any(commit.seq == which for commit in found_there):
+                return Snapshot.load(source, root, at=which)
+            raise TooOld(f"{label}: commit {which} is not kept any more; `s3blockfs history` lists those that are")
+        raise DatabaseNotFound(f"{label}: no commit {which} yet, the last one is {version.head.seq}")
+
+    return _under_one_floor(source, heads, opened)
+
+
+def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], T]) -> T:
+    """Look again if the floor rose meanwhile: roots that were collected must not be taken for never having been."""
+    while True:
+        version = heads.read()
+        if version is None or version.head.deleted:
+            raise DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
+        try:
+            result, failure = look(version), None
+        except S3BlockFSError as error:
+            result, failure = None, error
+        now = heads.read()
+        if now is None or now.head.floor == version.head.floor:
+            if failure is not None:
+                raise failure
+            return cast(T, result)
+
+
+def _timeline(source: Source, version: Version, first: int) -> Iterator[tuple[Version, list[Commit]]]:
+    """Each root that shows the commit `first` or later ones, oldest first, with the commits to be opened by way of it:
+    those after the root before."""
+    shown, vouching = 0, version.head.floor == 0
+    for root in chain(roots(source, version.head), [version]):
+        head = root.head
+        if head.seq >= first and not head.deleted:
+            records, _ = read_log(source, head)
+            records.setdefault(head.seq, Commit(head.seq, head.commit, head.time_ms, head.size, head.size))
+            oldest = 0
+            if not vouching:
+                block_map = BlockMap.of(head.extents, head.leaves, source.load_leaf)
+                unclear = (e.seq for e in block_map.find(0, NO_END) if e.ref.rev <= version.head.floor)
+                oldest = min(head.seq, max(unclear, default=0))
+            yield root, [records[seq] for seq in sorted(records) if seq > shown and oldest <= seq <= head.seq]
+        shown, vouching = max(shown, head.seq), head.rev > version.head.floor
