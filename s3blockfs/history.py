@@ -3,9 +3,9 @@
 A swap that drops a reference archives the head it replaces, and every commit stays separate in the log until a fold. So
 the first kept head with a seq of at least s only ever *added* to the state right after commit s, and shows it when
 everything newer is ignored. Kept are the *roots*: archives with a rev above the floor, those that a named snapshot
-pins, and the head itself. What was dropped before the first root above the floor cannot be seen any more; an extent
-uploaded above the floor was swapped in above it too, so only older ones may have displaced something unseen: that root
-shows no commit that is older than one of them.
+pins, and the head itself. What was displaced before the first root of this database above the floor, or under another
+name before a copy, cannot be seen here. An extent uploaded here above the floor was swapped in above it, too; any other
+one may have displaced something unseen, so that root shows no commit that is older than such an extent.
 
 Thread rule: any thread.
 """
@@ -93,16 +93,16 @@ def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], 
 def _timeline(source: Source, version: Version, first: int) -> Iterator[tuple[Version, list[Commit]]]:
     """Each root that shows the commit `first` or later ones, oldest first, with the commits to be opened by way of it:
     those after the root before."""
-    shown, vouching = 0, version.head.floor == 0
+    shown, vouching = 0, None
     for root in chain(roots(source, version.head), [version]):
         head = root.head
         if head.seq >= first and not head.deleted:
             records, _ = read_log(source, head)
             records.setdefault(head.seq, Commit(head.seq, head.commit, head.time_ms, head.size, head.size))
             oldest = 0
-            if not vouching:
-                block_map = BlockMap.of(head.extents, head.leaves, source.load_leaf)
-                unclear = (e.seq for e in block_map.find(0, NO_END) if e.ref.rev <= version.head.floor)
+            if head.id != vouching:
+                found = BlockMap.of(head.extents, head.leaves, source.load_leaf).find(0, NO_END)
+                unclear = (e.seq for e in found if e.ref.rev <= version.head.floor or e.ref.uid != e.ref.nonce)
                 oldest = min(head.seq, max(unclear, default=0))
             yield root, [records[seq] for seq in sorted(records) if seq > shown and oldest <= seq <= head.seq]
-        shown, vouching = max(shown, head.seq), head.rev > version.head.floor
+        shown, vouching = max(shown, head.seq), head.id if head.rev > version.head.floor else None

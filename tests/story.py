@@ -22,24 +22,29 @@ MOST_BYTES = 200_000
 class Story:
     """Changes come from a machine that bypasses the store's rules; folds and looks back go by them."""
 
-    def __init__(self, world: World, seed: object, block_size: int, counted: bool = False) -> None:
+    def __init__(
+        self, world: World, seed: object, block_size: int, *, counted: bool = False, prefix: str = PREFIX
+    ) -> None:
+        """Of a new database, or of one that is there."""
         self.world = world
+        self.prefix = prefix
         self.rng = Random(f"{seed}-{block_size}")
         self.machine = world.machine(faulty=counted, block_size=block_size)
-        self.database = self.machine.create(PREFIX, exclusive=True)
+        self.database = self.machine.create(prefix, exclusive=False)
         self.source = self.new_source()
-        self.model = bytearray()
-        self.states: dict[int, bytes] = {1: b""}
-        """What was committed, by seq."""
-        self.times = {1: world.runtime.monotonic()}
+        self.model = bytearray(self.database.read(0, self.database.size))
         self.versions = [self.version()]
+        seq = self.versions[0].head.seq
+        self.states: dict[int, bytes] = {seq: bytes(self.model)}
+        """What was committed, by seq."""
+        self.times = {seq: world.runtime.monotonic()}
 
     def new_source(self, cache_bytes: int = 1 << 20) -> Source:
         store, runtime = self.world.store, self.world.runtime
-        return Source(store, BlockCache(store, runtime, cache_bytes, 10), runtime, PREFIX)
+        return Source(store, BlockCache(store, runtime, cache_bytes, 10), runtime, self.prefix)
 
     def heads(self) -> HeadFile:
-        return self.world.heads()
+        return self.world.heads(self.prefix)
 
     def version(self) -> Version:
         found = self.heads().read()
