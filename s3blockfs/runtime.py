@@ -11,7 +11,7 @@ import sched
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -92,3 +92,25 @@ class Runtime:
             self._ticker.join()
         self._background.shutdown(wait=True, cancel_futures=True)
         self._executor.shutdown(wait=True)
+
+
+def uninterrupted(function: Callable[[], object], interrupts: list[BaseException]) -> None:
+    """Call `function` where no exception of a signal handler (Ctrl-C) can tear it, and add those to `interrupts`."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run nowhere else
+        function()
+        return
+    outcome = Future[object]()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # noqa: BLE001  raised below
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="s3blockfs-uninterrupted").start()
+    while not outcome.done():
+        try:
+            wait([outcome])
+        except BaseException as error:  # noqa: BLE001  the caller raises it in its own time
+            interrupts.append(error)
+    outcome.result()

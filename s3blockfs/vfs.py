@@ -19,13 +19,11 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
 from functools import partial, wraps
 from itertools import count
 from typing import Any, TypeVar
 
 import apsw
-from cachetools import LRUCache
 
 from s3blockfs import errors
 from s3blockfs.catalog import Catalog
@@ -35,18 +33,12 @@ from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, TO_END, Kind
 from s3blockfs.prefetch import Readahead
-from s3blockfs.runtime import Runtime
+from s3blockfs.runtime import Runtime, uninterrupted
 from s3blockfs.s3store import S3Store
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, is_side_file
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-#: Buckets (with their options) whose client and cache are kept when no connection uses them.
-ENGINES_KEPT = 16
-
-#: The original library's default, and what stands for a size that only old stores can have.
-S3VFS_BLOCK_SIZE = 4 * KIB
 
 #: Files that the default VFS keeps.
 _TEMPORARY = apsw.SQLITE_OPEN_TEMP_DB | apsw.SQLITE_OPEN_TEMP_JOURNAL
@@ -60,21 +52,20 @@ _LOCKS = {
     apsw.SQLITE_LOCK_EXCLUSIVE: (Kind.WRITE, *_READABLE),
 }
 
-#: Result codes other than SQLITE_IOERR and SQLITE_FULL, by method.
-_CODES: dict[str, dict[type[Exception], type[apsw.Error]]] = {
-    "xOpen": dict.fromkeys(
-        (errors.AccessDenied, errors.DatabaseNotFound, errors.NewerFormat, errors.NotSupported, errors.ReadOnly)
-        + (errors.UsageError,),
-        apsw.CantOpenError,
-    ),
+_CANNOT_OPEN = (errors.AccessDenied, errors.DatabaseNotFound, errors.NewerFormat, errors.NotSupported)
+#: Result codes other than SQLITE_IOERR and SQLITE_FULL.
+_CODES: dict[str, dict[Any, type[apsw.Error]]] = {
+    "xOpen": {(*_CANNOT_OPEN, errors.ReadOnly, errors.UsageError): apsw.CantOpenError},
     "xLock": {errors.Busy: apsw.BusyError, errors.ReadOnly: apsw.ReadOnlyError},
 }
 
-_engines: LRUCache[object, Catalog] = LRUCache(ENGINES_KEPT)
-_engines_lock = threading.Lock()
-os.register_at_fork(
-    before=_engines_lock.acquire, after_in_parent=_engines_lock.release, after_in_child=_engines_lock.release
-)
+#: How many buckets (with their options) keep client and cache when no connection uses them.
+ENGINES_KEPT = 16
+
+#: By process, bucket and options; the one used last is at the end.
+_engines: dict[tuple[object, ...], tuple[Catalog, Runtime]] = {}
+_lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 #: The databases that are open in this process, by the names that `xFullPathname` gave them.
 _files: dict[str, "_DatabaseFile"] = {}
@@ -83,10 +74,12 @@ _serials = count(1)
 
 def connect(*, bucket: Any, name: str, block_size: int = 64 * KIB, **options: Any) -> apsw.Connection:
     """Open the database with key prefix `name`, created if missing. `bucket` is a name or a boto3 Bucket; `options` are
-    the fields of `config.Config`. Connections with the same bucket and options share one cache.
-    Raises apsw.CantOpenError, apsw.IOError, UsageError."""
+    the fields of `config.Config`. Connections with the same bucket and options share one cache. The busy timeout is
+    5 s, as in Python's sqlite3. Raises apsw.CantOpenError, apsw.IOError, UsageError."""
     vfs = S3VFS(bucket, block_size, **options)  # which lives as long as its connections
-    return apsw.Connection(name, vfs=vfs.name)
+    connection = apsw.Connection(name, vfs=vfs.name)
+    connection.set_busy_timeout(5000)
+    return connection
 
 
 @atexit.register
@@ -100,18 +93,22 @@ def _close_all() -> None:
             log.error("closing at exit: %s", error)
 
 
-def _engine(bucket: Any, config: Config) -> Catalog:
+def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
     """The databases of a bucket as this process knows them."""
-    named = isinstance(bucket, str)
-    with _engines_lock:
-        key = (os.getpid(), config, bucket if named else S3Store.identity(bucket))
+    key = (os.getpid(), identity, config)
+    with _lock:
         if key not in _engines:
+            unused = [other for other, (catalog, _) in _engines.items() if other[0] == key[0] and not catalog.opened()]
+            for other in unused[:-ENGINES_KEPT]:
+                for part in _engines.pop(other):
+                    part.close()
             runtime = Runtime()
             where = {"endpoint_url": config.endpoint_url, "region": config.region, "profile": config.profile}
-            make: Any = partial(S3Store, **where) if named else S3Store.from_bucket  # type: ignore[arg-type]
-            store = make(bucket, runtime=runtime, request_deadline_s=config.request_deadline_s)
-            _engines[key] = Catalog(store, runtime, config, "")
-        return _engines[key]
+            like, name = (None, bucket) if isinstance(bucket, str) else (bucket.meta.client, bucket.name)
+            store = S3Store(name, runtime=runtime, request_deadline_s=config.request_deadline_s, like=like, **where)
+            _engines[key] = Catalog(store, runtime, config, ""), runtime
+        _engines[key] = _engines.pop(key)
+        return _engines[key][0]
 
 
 def _translated(cls: type[T]) -> type[T]:
@@ -120,17 +117,18 @@ def _translated(cls: type[T]) -> type[T]:
     def translate(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(self: Any, *arguments: Any) -> Any:
+            if self.pid != os.getpid() and name in ("xUnlock", "xClose"):
+                return None  # what a forked child inherited is not the child's to close
             try:
                 if self.pid != os.getpid():
-                    if name in ("xUnlock", "xClose"):  # what a forked child inherited is not the child's to close
-                        return None
                     raise errors.NotSupported("a connection cannot be used in a forked child: open a new one there")
                 result = method(self, *arguments)
             except apsw.Error:
                 raise
             except Exception as error:
                 full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-                code = _CODES.get(name, {}).get(type(error), apsw.FullError if full else apsw.IOError)
+                default = apsw.FullError if full else apsw.IOError
+                code = next((c for kind, c in _CODES.get(name, {}).items() if isinstance(error, kind)), default)
                 raise code(str(error) or type(error).__name__) from error
             if name == "xUnlock":
                 self.raise_interrupt()
@@ -138,9 +136,8 @@ def _translated(cls: type[T]) -> type[T]:
 
         return call
 
-    for name, method in list(vars(cls).items()):
-        if name.startswith("x"):
-            setattr(cls, name, translate(name, method))
+    for name in [name for name in vars(cls) if name.startswith("x")]:
+        setattr(cls, name, translate(name, getattr(cls, name)))
     return cls
 
 
@@ -148,26 +145,22 @@ def _translated(cls: type[T]) -> type[T]:
 class S3VFS(apsw.VFS):
     """A drop-in for `sqlite_s3vfs.S3VFS`: `apsw.Connection(key_prefix, vfs=S3VFS(bucket=bucket).name)`."""
 
-    def __init__(self, bucket: Any, block_size: int = S3VFS_BLOCK_SIZE, **options: Any) -> None:
+    pid = property(lambda self: os.getpid())  # it belongs to whoever uses it
+
+    def __init__(self, bucket: Any, block_size: int = 4 * KIB, **options: Any) -> None:
         """`bucket` and `options` as for `connect`. `block_size`, in bytes, is that of databases made here: a power of
         two from 512 to 4 MiB. Others are accepted, as by the original library, and stand for 4096."""
         usable = MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES and not block_size & (block_size - 1)
-        self._config = Config(block_size=block_size if usable else S3VFS_BLOCK_SIZE, **options)
+        self._config = Config(block_size=block_size if usable else 4 * KIB, **options)
         self._bucket = bucket
-        self._catalogs: dict[int, Catalog] = {}
+        self._identity = bucket if isinstance(bucket, str) else S3Store.identity(bucket)
         self.name = f"s3vfs-{uuid.uuid4()}"
         super().__init__(name=self.name, base="", maxpathname=1200)
 
     @property
     def catalog(self) -> Catalog:
         """The engine of this process: in a forked child another one than in its parent."""
-        pid = os.getpid()
-        return self._catalogs.get(pid) or self._catalogs.setdefault(pid, _engine(self._bucket, self._config))
-
-    @property
-    def pid(self) -> int:
-        """A VFS belongs to whoever uses it."""
-        return os.getpid()
+        return _engine(self._bucket, self._identity, self._config)
 
     # --- what SQLite calls -----------------------------------------------------------------------------
 
@@ -181,9 +174,11 @@ class S3VFS(apsw.VFS):
         if wanted & apsw.SQLITE_OPEN_WAL:
             raise errors.NotSupported(f"{path}: journal_mode=WAL is not supported yet; stay with DELETE")
         if wanted & apsw.SQLITE_OPEN_MAIN_DB:
+            if isinstance(name, apsw.URIFilename) and name.uri_boolean("nolock", False):
+                raise errors.NotSupported(f"{path}: needs its locks; leave out nolock=1")
             if self._config.read_only:
                 flags[1] = apsw.SQLITE_OPEN_READONLY
-            return self._open(path.rpartition("#")[0], path, bool(wanted & apsw.SQLITE_OPEN_CREATE))
+            return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path)
         side = self.catalog.side_files.get(path)
         if side is None and not wanted & apsw.SQLITE_OPEN_CREATE:
             raise apsw.CantOpenError(f"{path}: no such journal")
@@ -192,11 +187,11 @@ class S3VFS(apsw.VFS):
     def xAccess(self, pathname: str, flags: int) -> bool:
         if is_side_file(pathname):
             return self.catalog.side_files.get(pathname) is not None
-        prefix = _prefix(pathname)
-        found = self.catalog.lookup(prefix)
-        exists = found is not None and not found.is_folder and found.prefix == prefix
+        found = self.catalog.lookup(prefix := _prefix(pathname))
+        if found is None or found.is_folder or found.prefix != prefix:
+            return False
         writable = not self._config.read_only and prefix not in self.catalog.refused
-        return exists and (writable or flags != apsw.SQLITE_ACCESS_READWRITE)
+        return writable or flags != apsw.SQLITE_ACCESS_READWRITE
 
     def xDelete(self, filename: str, syncdir: bool) -> None:
         """Of a journal or super-journal: SQLite's commit point. Of a database: its end."""
@@ -204,7 +199,7 @@ class S3VFS(apsw.VFS):
             return self.catalog.remove(_prefix(filename))
         side, owner = self.catalog.side_files.get(filename), _owner(filename)
         if owner is not None:  # also without a journal, when PRAGMA journal_mode clears up: then nothing is dirty
-            owner.finalise()
+            owner.commit_point(owner.database.finalise_journal)
         elif side is not None:  # a super-journal holds the names of the journals that it binds together
             owners = map(_owner, side.read(0, side.size).decode().split("\0"))
             for owner in sorted(filter(None, owners), key=lambda each: each.database.prefix):
@@ -220,12 +215,12 @@ class S3VFS(apsw.VFS):
 
     def serialize_fileobj(self, key_prefix: str) -> io.BufferedReader:
         """The same as a file that can be read once. Raises DatabaseNotFound; a read, what reading a database raises."""
-        return io.BufferedReader(_Serialized(self._open(key_prefix, self.xFullPathname(key_prefix), False)), MIB)
+        return io.BufferedReader(_Serialized(self._open(key_prefix, False)), MIB)
 
     def deserialize_iter(self, key_prefix: str, bytes_iter: Iterable[bytes]) -> None:
         """Make these bytes the database, by one commit at the end; what fails before leaves the old one, or an empty
         one where there was none. Raises CommitLost if others commit meanwhile, StoreError, OSError (no space)."""
-        file = self._open(key_prefix, self.xFullPathname(key_prefix), True)
+        file = self._open(key_prefix, True)
         try:
             file.database.refresh(0)
             file.database.truncate(0)
@@ -236,13 +231,11 @@ class S3VFS(apsw.VFS):
             file.release()
         file.raise_interrupt()
 
-    # --- helpers ---------------------------------------------------------------------------------------
-
-    def _open(self, prefix: str, name: str, create: bool) -> "_DatabaseFile":
-        catalog = self.catalog
-        database = catalog.connection(prefix, name, create)
-        _files[name] = _DatabaseFile(catalog, name, database, Readahead(self._config.readahead_size))
-        return _files[name]
+    def _open(self, prefix: str, create: bool, path: str | None = None) -> "_DatabaseFile":
+        path = path or self.xFullPathname(prefix)
+        database = self.catalog.connection(prefix, path, create)
+        _files[path] = file = _DatabaseFile(self.catalog, database, Readahead(self._config.readahead_size))
+        return file
 
 
 def _prefix(name: str) -> str:
@@ -255,7 +248,7 @@ def _owner(journal: str) -> "_DatabaseFile | None":
 
 
 class _File:
-    """What SQLite asks of every file and is the same for all of ours."""
+    """What is the same for all of ours."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -264,34 +257,33 @@ class _File:
         return False
 
     def xSectorSize(self) -> int:
-        return 0  # the default
+        return 0  # SQLite's default
 
-    def xDeviceCharacteristics(self) -> int:
-        return 0
+    def xSync(self, flags: int) -> None:
+        """Side files live and die with this process."""
+
+    def xClose(self) -> None:
+        """The last reference closes them."""
 
 
 @_translated
 class _DatabaseFile(_File):
     """A connection's database."""
 
-    def __init__(self, catalog: Catalog, name: str, database: Database, readahead: Readahead) -> None:
+    def __init__(self, catalog: Catalog, database: Database, readahead: Readahead) -> None:
         super().__init__()
-        self._catalog = catalog
-        self._name = name
-        self._readahead = readahead
-        self._level = apsw.SQLITE_LOCK_NONE
-        self._interrupt: BaseException | None = None
         self.database = database
+        self.readahead = readahead
+        self._catalog = catalog
+        self._interrupts: list[BaseException] = []
 
     def xRead(self, amount: int, offset: int) -> bytes:
-        return self.database.read(offset, amount, self._readahead)
+        return self.database.read(offset, amount, self.readahead)
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        self._require_lock()
         self.database.write(offset, bytes(data))
 
     def xTruncate(self, size: int) -> None:
-        self._require_lock()
         self.database.truncate(size)
 
     def xFileSize(self) -> int:
@@ -305,10 +297,8 @@ class _DatabaseFile(_File):
             try:
                 self._catalog.require_writable()
             except errors.AccessDenied as error:
-                self._catalog.refused.add(self.database.prefix)
                 raise errors.ReadOnly(str(error)) from error
         self.database.lock(self, *_LOCKS[level], self.pid)
-        self._level = level
 
     def xUnlock(self, level: int) -> None:
         if level == apsw.SQLITE_LOCK_SHARED:
@@ -316,7 +306,6 @@ class _DatabaseFile(_File):
             self.database.unlock(self, PENDING_BYTE, RESERVED_BYTE)
         else:
             self.database.unlock(self, 0, TO_END)
-        self._level = level
 
     def xCheckReservedLock(self) -> bool:
         return bool(self.database.locks.writers())
@@ -329,53 +318,28 @@ class _DatabaseFile(_File):
         finally:
             self.release()
 
-    def finalise(self) -> None:
-        """The journal is about to be unlinked, cut or zeroed."""
-        self.commit_point(self.database.finalise_journal)
-
     def commit_point(self, publish: Callable[[int], object]) -> None:
-        """Call `publish` with the process id, where no signal handler can tear it: Ctrl-C in the middle of a PUT would
-        leave SQLite with one opinion of the transaction and S3 with another. See `raise_interrupt`."""
-        before, outcome = self.database.version, Future[object]()
-
-        def run() -> None:
-            try:
-                outcome.set_result(publish(self.pid))
-            except BaseException as error:  # noqa: BLE001  raised by `result`
-                outcome.set_exception(error)
-
-        if threading.current_thread() is threading.main_thread():  # handlers run nowhere else
-            threading.Thread(target=run, name="s3blockfs-commit").start()
-        else:
-            run()
-        while not outcome.done():
-            try:
-                wait([outcome])
-            except BaseException as error:  # noqa: BLE001  raised later
-                self._interrupt = error
+        """Call `publish` with the process id. Ctrl-C in the middle of a PUT would leave SQLite with one opinion of the
+        transaction and S3 with another, so it has to wait for `raise_interrupt`."""
+        before, refused = self.database.version, self._catalog.refused
         try:
-            outcome.result()
+            uninterrupted(lambda: publish(self.pid), self._interrupts)
         except errors.AccessDenied:
-            self._catalog.refused.add(self.database.prefix)
+            refused.add(self.database.prefix)
             raise
         if self.database.version is not before:
-            self._catalog.refused.discard(self.database.prefix)
+            refused.discard(self.database.prefix)
 
     def raise_interrupt(self) -> None:
         """Raise what a signal handler raised during a commit point: its fate is known now, and SQLite can bear it."""
-        interrupt, self._interrupt = self._interrupt, None
-        if interrupt is not None:
-            raise interrupt
+        if self._interrupts:
+            raise self._interrupts.pop()
 
     def release(self) -> None:
-        del _files[self._name]
         self.database.unlock(self, 0, TO_END)
         self._catalog.release(self.database)
-        self._catalog.side_files.remove(self._name + JOURNAL_SUFFIX)
-
-    def _require_lock(self) -> None:
-        if self._level < apsw.SQLITE_LOCK_RESERVED:
-            raise errors.NotSupported(f"{self._name}: writing without a lock; leave out nolock=1")
+        self._catalog.side_files.remove(self.database.path + JOURNAL_SUFFIX)
+        del _files[self.database.path]
 
 
 @_translated
@@ -407,16 +371,10 @@ class _SideFile(_File):
         if not self._side.linked:
             raise errors.StoreUnavailable(f"{self._side.path}: was removed; its transaction is lost")
         if self._owner is not None:
-            self._owner.finalise()
+            self._owner.commit_point(self._owner.database.finalise_journal)
 
     def xFileSize(self) -> int:
         return self._side.size
-
-    def xSync(self, flags: int) -> None:
-        """It lives and dies with this process."""
-
-    def xClose(self) -> None:
-        """The last reference closes it."""
 
 
 class _Serialized(io.RawIOBase):
@@ -430,7 +388,7 @@ class _Serialized(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.xRead(len(buffer), self._position)
+        data = self._file.database.read(self._position, len(buffer), self._file.readahead)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from mounting import Place, shell
+from servers import seaweed
 
 from s3blockfs import errors
 from s3blockfs.cli.main import commands
@@ -39,7 +41,7 @@ def _run(command: str, folder: Path) -> str:
 @pytest.mark.mount
 def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path) -> None:
     (transcript,) = _blocks("README.md", "console")
-    (program,) = _blocks("README.md", "python")
+    on_the_mount, in_process = _blocks("README.md", "python")
     steps = re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]
     assert len(steps) >= 6
     try:
@@ -47,8 +49,16 @@ def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path
             command, _, shown = step.partition("\n")
             assert _run(command, tmp_path) == shown, command
             if command.startswith("sqlite3 here"):  # the Python example works on the mount of the transcript
-                assert _run(f"{sys.executable} -c '{program}'", tmp_path) == "(2,)\n"
-                _run("sqlite3 here/app.sqlite \"DELETE FROM note WHERE text = 'from Python'\"", tmp_path)
+                assert _run(f"{sys.executable} -c '{on_the_mount}'", tmp_path) == "(2,)\n"
+                with seaweed(tmp_path / "s3") as server:  # joins the one that serves the mount
+                    place = Place(server.url, server.access_key, server.secret_key, "bucket")
+                    environment = place.environment | {"AWS_ENDPOINT_URL": server.url}
+                    done = shell(sys.executable, "-c", in_process, env=environment)
+                assert (done.stdout, done.stderr) == ("(3,)\n", "")
+                _run(
+                    "sqlite3 here/app.sqlite '.timeout 20000' \"DELETE FROM note WHERE text != 'written here'\"",
+                    tmp_path,
+                )
     finally:
         for name in ("here", "there"):
             if os.path.ismount(tmp_path / name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from inprocess import ELSEWHERE, PATIENCE_MS, bucket_of, connect, elsewhere, key
 from mounting import Place, mounted, numbers, sqlite
 from proxy import FaultProxy
 
+from s3blockfs import vfs as module
 from s3blockfs.errors import NotSupported
 from s3blockfs.vfs import S3VFS
 
@@ -234,11 +236,8 @@ def test_wal_is_refused(place: Place, db: apsw.Connection) -> None:
 def test_writing_without_locks_is_refused(place: Place, db: apsw.Connection) -> None:
     vfs = S3VFS(bucket_of(place))
     flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_URI
-    unlocked = apsw.Connection(f"file:{key(place)}?nolock=1", flags=flags, vfs=vfs.name)
-    assert rows(unlocked) == []
-    with pytest.raises(apsw.IOError, match="nolock"):
-        unlocked.execute("INSERT INTO t VALUES (1)")
-    unlocked.close()
+    with pytest.raises(apsw.CantOpenError, match="nolock"):
+        apsw.Connection(f"file:{key(place)}?nolock=1", flags=flags, vfs=vfs.name)
 
 
 def test_a_commit_is_one_put_and_reading_it_costs_nothing(place: Place, proxy: FaultProxy) -> None:
@@ -274,6 +273,19 @@ def test_a_mount_shows_it_and_it_shows_what_the_mount_wrote(place: Place, tmp_pa
         assert elsewhere(place, name="b.sqlite") == [(4,)]
     db.close()
     undotted.close()
+
+
+def test_engines_that_nobody_uses_are_ended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ENGINES_KEPT", 2)
+    open_one = connect(place, readahead_size=1)
+    for size in range(2, 8):
+        connect(place, readahead_size=size).close()
+    kept = [config.readahead_size for pid, _, config in module._engines if pid == os.getpid()]
+    assert kept[-3:] == [5, 6, 7] and not {2, 3, 4} & set(kept)
+    open_one.execute("CREATE TABLE t(x)")
+    again = S3VFS(bucket_of(place), 65536, readahead_size=1)
+    assert again.catalog.opened() != []
+    open_one.close()
 
 
 def test_importing_the_package_is_cheap_and_connecting_needs_no_libfuse() -> None:

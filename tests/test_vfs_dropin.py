@@ -13,6 +13,7 @@ from typing import Any
 
 import apsw
 import pytest
+import sqlite_s3vfs
 from inprocess import PATIENCE_MS, bucket_of, connect, elsewhere, key, rows
 from mounting import Place, numbers, sqlite
 from proxy import FaultProxy
@@ -179,3 +180,20 @@ def test_large_databases_pass_through_in_constant_memory(place: Place) -> None:
         assert tracemalloc.get_traced_memory()[1] < 48 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("block_size", [4095, 4096, 65536])
+def test_a_store_of_the_original_is_read_and_then_converted(place: Place, block_size: int) -> None:
+    original = sqlite_s3vfs.S3VFS(bucket=bucket_of(place), block_size=block_size)
+    with closing(apsw.Connection(key(place), vfs=original.name)) as db:
+        db.execute(f"CREATE TABLE t(x); INSERT INTO t SELECT i FROM ({numbers(5000)})")
+    before = place.listing()
+    vfs = S3VFS(bucket=bucket_of(place), block_size=block_size)
+    assert vfs.xAccess(key(place), apsw.SQLITE_ACCESS_EXISTS)
+    with closing(opened(vfs, key(place))) as db:
+        assert rows(db, "SELECT count(*) FROM t") == [(5000,)]
+        assert b"".join(vfs.serialize_iter(key(place))) == b"".join(original.serialize_iter(key(place)))
+        assert place.listing() == before
+        db.execute("DELETE FROM t WHERE x > 10")
+        assert rows(db, "SELECT count(*) FROM t") == elsewhere(place, "SELECT count(*) FROM t") == [(10,)]
+    assert not set(before) & set(place.listing())
