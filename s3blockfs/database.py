@@ -20,6 +20,7 @@ from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
 from s3blockfs.errors import Busy, DatabaseGone, NotSupported, S3BlockFSError, StoreUnavailable
 from s3blockfs.head import Unsettled
+from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level, RangeLocks
@@ -55,6 +56,8 @@ class Database(State):
         """`path` is where its side files lie; `version` a head that is no tombstone."""
         super().__init__(source, lease.heads, config, version, publisher.uploads)
         self._lease = lease
+        self._housekeeper = Housekeeper(source, lease.heads, config)
+        self._wrote = False
         self._publisher = publisher
         self._side_files = side_files
         self.publishing = False
@@ -183,6 +186,7 @@ class Database(State):
             raise
         finally:
             self.publishing = False
+        self._wrote = True
         newest = version.etag != SUPERSEDED
         self.checked_s = self._source.runtime.monotonic() if newest else float("-inf")
         self._adopt(version, snapshot)
@@ -373,6 +377,8 @@ class Database(State):
     def tick(self) -> None:
         """What is due now and then, without a request while the database is idle."""
         self._lease.tick()
+        if self._wrote:
+            self._housekeeper.tick()
 
     def _fail(self, remove_journal: bool) -> None:
         """The uncommitted bytes count no more. A writer that still holds its lock does not know yet."""

@@ -136,17 +136,11 @@ def rename(
 
 
 def _put_back(target: Source, heads: HeadFile, base: Version | None, moved: Version, writer: str) -> None:
-    """Undo `put_state`, if nobody has committed on it."""
-    if base is None:
+    """Undo `put_state`, unless somebody has committed on it: Busy. It is a commit of its own, so that seq goes on."""
+    if base is None or base.head.deleted:
         bury(target, heads, moved, writer, same_commit=True)
-        return
-
-    def make(replaced: Head) -> Head:
-        if replaced.commit != moved.head.commit or base.head.rev <= replaced.floor:
-            raise Busy(f"{target.prefix}: changed meanwhile, so both it and the source were kept; look at both")
-        return replace(base.head, floor=replaced.floor, lease=None)
-
-    heads.swap(moved, make, archives=True)
+    else:
+        put_state(Snapshot.load(target, base), target, target, heads, moved, base.head.name, writer)
 
 
 def _copy(origin: Source, target: Source, refs: dict[ObjectRef, ObjectRef]) -> None:
