@@ -152,7 +152,7 @@ def test_a_source_that_moves_on_is_kept_and_the_target_put_back(world: World) ->
             machine.rename("a.db", "b.db")
         assert world.content("a.db")[6000:6004] == b"late"
         if existing:
-            assert world.content("b.db") == state(5)
+            assert without_counter(world.content("b.db")) == without_counter(state(5))
             patch(machine, "b.db", 7000, b"goes on")
             assert world.content("b.db")[7000:7007] == b"goes on"
             fill(machine, "b.db", state(5))
