@@ -27,6 +27,7 @@ from s3blockfs.errors import (
     StoreUnavailable,
     UsageError,
 )
+from s3blockfs.gc import collect
 from s3blockfs.snapshot import Snapshot, Source, Version
 
 P = "old/app.db"
@@ -516,3 +517,19 @@ def test_old_keys_beside_a_head_are_reported_by_open(
     adopt(world, keep=True)
     world.machine().open(P)
     assert "old/app.db/0000000000: left or written by sqlite-s3vfs" in caplog.text
+
+
+def test_a_collector_does_not_touch_a_conversion_that_is_under_way(world: World, bucket: MemoryBucket) -> None:
+    """Its uploads are nobody's until the head is there; without a head nothing is garbage."""
+    before = s3vfs.content(bucket, P)
+
+    def collect_now(call: Call, now: str) -> None:
+        if call.site == "swap" and now == "before":
+            world.store.rule = None
+            world.runtime.sleep(10**6)
+            report = collect(source_of(world), legacy.AnyHead(source_of(world), CONFIG), 0)
+            assert report.deleted == 0
+
+    world.store.rule = collect_now
+    adopt(world)
+    assert world.content(P) == before
