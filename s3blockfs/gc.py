@@ -44,7 +44,7 @@ class Report(NamedTuple):
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     """Let what was replaced more than `retain_s` ago go. Raises DamagedObject and DatabaseGone (nothing was deleted),
     StoreError, Unsettled."""
-    version = heads.read()
+    version = heads.stored()
     if version is None:
         return Report()
     listed = [
@@ -58,7 +58,7 @@ def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     try:
         reachable, extents = _reachable(source, version)
     except DamagedObject:
-        now = heads.read()
+        now = heads.stored()
         if now is None or now.head.floor > head.floor:
             return Report()  # another collector was faster, and did what was to be done
         raise

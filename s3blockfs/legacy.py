@@ -76,9 +76,6 @@ class _Blocks:
         self.solid = full * self.block_size + self.rows.get(full, (0,))[0]
         """Up to here nothing is missing."""
 
-    def keys(self) -> list[str]:
-        return [f"{self.name}/{number:010d}" for number in sorted(self.rows)]
-
     def read(self, offset: int, length: int) -> bytes:
         """Fewer bytes at the end. Raises DatabaseGone when a block is not the one listed any more."""
         end = min(offset + length, self.size)
@@ -101,20 +98,19 @@ class _Blocks:
         size, etag = self.rows.get(block, (0, ""))
         length = min(CELL_BYTES, self.block_size - start)
         here, uid = max(0, min(length, size - start)), etag.encode()
-        address = FrameAddress(ObjectRef(block, uid, uid), start, length, block * self.block_size + start, length)
-        data = self._source.cache.get(self.name, address) if here else bytes(length)
-        if data is not None:
-            return data
-        key = f"{self.name}/{block:010d}"
-        try:
-            found = self._source.store.get(key, site="legacy", start=start, length=here, if_match=etag)
-        except (errors.ObjectNotFound, errors.PreconditionFailed):
-            found = None
-        if found is None or found.etag != etag or len(found.body) != here:  # not every store knows If-Match on GET
-            raise errors.DatabaseGone(f"{self._source.name_of(key)}: changed by another program; read again")
-        data = found.body.ljust(length, b"\0")
-        self._source.cache.put(self.name, address, data)
-        return data
+        address = FrameAddress(ObjectRef(block, uid, uid), start, here, block * self.block_size + start, here)
+        data = self._source.cache.get(self.name, address) if here else b""
+        if data is None:
+            key = f"{self.name}/{block:010d}"
+            try:
+                found = self._source.store.get(key, site="legacy", start=start, length=here, if_match=etag)
+            except (errors.ObjectNotFound, errors.PreconditionFailed):
+                found = None
+            if found is None or found.etag != etag or len(found.body) != here:  # not every store knows If-Match on GET
+                raise errors.DatabaseGone(f"{self._source.name_of(key)}: changed by another program; read again")
+            data = found.body
+            self._source.cache.put(self.name, address, data)
+        return data.ljust(length, b"\0")
 
 
 class LegacySnapshot(Snapshot):
@@ -122,7 +118,8 @@ class LegacySnapshot(Snapshot):
 
     def __init__(self, source: Source, config: Config, blocks: _Blocks, leftover: _Blocks, shown: int | None) -> None:
         """`shown`: the change counter of what was shown until now. Raises DamagedObject, NotSupported, DatabaseGone."""
-        self._source, self._blocks, self._leftover, self._end = source, blocks, leftover, blocks.solid
+        self._source, self._blocks, self._end = source, blocks, blocks.solid
+        self.listed = blocks.rows, leftover.rows
         self._over = Dirty(spill_folder(config.spill_dir), config.block_size, 0)
         weakref.finalize(self, self._over.close)
         size = _roll_back(source.store, leftover, self._over)
@@ -144,19 +141,12 @@ class LegacySnapshot(Snapshot):
             for offset, data in header.counter_patches(first, counter):
                 self._over.write(offset, data)
         # Two machines that see the same bytes give them the same identity, so that either may convert them.
-        state = repr((blocks.name, sorted(blocks.rows.items()), sorted(leftover.rows.items()), counter)).encode()
+        state = repr((blocks.name, *(sorted(rows.items()) for rows in self.listed), counter)).encode()
         name, time_ms = hashlib.blake2b(state, digest_size=COMMIT_ID_BYTES).digest(), int(blocks.modified_s * 1000)
         record = Commit(1, name, time_ms, size, 0)
         head = Head(name, 0, 1, name, size, config.block_size, bytes(NONCE_BYTES), "sqlite-s3vfs", time_ms)
         self.head = replace(head, counter=counter, tail=Tail.of([LogCommit(record, ())]))
         self.version = Version(self.head, "", b"", self)
-
-    def shows(self, blocks: _Blocks, leftover: _Blocks) -> bool:
-        return (blocks.rows, leftover.rows) == (self._blocks.rows, self._leftover.rows)
-
-    def keys(self) -> list[str]:
-        """Block 0 first, without which that library fails loudly; the journal last, or torn blocks would look sound."""
-        return [*self._blocks.keys(), *self._leftover.keys()]
 
     def read(self, offset: int, length: int) -> bytes:
         end = max(offset, min(offset + length, self._end))
@@ -202,7 +192,7 @@ def find(source: Source, config: Config, before: Version | None = None) -> Versi
             return None
         blocks = _Blocks(source, source.prefix)
         leftover = _Blocks(source, source.prefix + "-journal", blocks.block_size)
-        if isinstance(shown, LegacySnapshot) and shown.shows(blocks, leftover):
+        if isinstance(shown, LegacySnapshot) and shown.listed == (blocks.rows, leftover.rows):
             return before
         if blocks.rows and blocks.rows == _Blocks(source, source.prefix).rows:
             return LegacySnapshot(source, config, blocks, leftover, shown.head.counter if shown else None).version
@@ -221,10 +211,9 @@ def exists(store: ObjectStore, prefix: str) -> bool:
 def stale_keys(store: ObjectStore, prefix: str) -> list[str]:
     """Blocks and journals of that library. Beside a head they count for nothing: a conversion kept them or was
     interrupted before it deleted them all, or that library went on writing."""
-    names = (prefix, f"{prefix}-journal")
-    return [
-        e.key for name in names for e in store.list(f"{name}/0", site="legacy") if _BLOCK.fullmatch(e.key, len(name))
-    ]
+    starts = (f"{prefix}/0", f"{prefix}-journal/0")
+    keys = [(entry.key, len(start) - 2) for start in starts for entry in store.list(start, site="legacy")]
+    return [key for key, slash in keys if _BLOCK.fullmatch(key, slash)]
 
 
 def report_stale(source: Source, head: Head) -> None:
@@ -302,9 +291,11 @@ class AnyHead(HeadFile):
         return converted
 
     def _clear(self, snapshot: LegacySnapshot) -> None:
-        """Delete the old keys, now that there is a head. What is left when that fails is only stale."""
+        """Delete the old keys, now that there is a head. What is left when that fails is only stale. Block 0 first:
+        without it that library fails loudly. The journal last: without it torn blocks would look sound."""
+        names = zip((self.prefix, f"{self.prefix}-journal"), snapshot.listed, strict=True)
         try:
-            self._store.delete(snapshot.keys(), site="legacy")
+            self._store.delete([f"{name}/{n:010d}" for name, rows in names for n in sorted(rows)], site="legacy")
         except errors.StoreError as error:
             log.warning("keys of sqlite-s3vfs are left: %s", error)
 

@@ -10,9 +10,13 @@ from typing import Any
 
 import apsw
 import sqlite_s3vfs
+from engine import CONFIG, World
 from memorystore import MemoryStore
 
+from s3blockfs import legacy
+from s3blockfs.cache import BlockCache
 from s3blockfs.errors import ObjectNotFound
+from s3blockfs.snapshot import Source, Version
 
 
 class Died(BaseException):
@@ -111,3 +115,22 @@ def fill(rows: int, size: int = 300, start: int = 1) -> str:
 
 
 CREATE = "CREATE TABLE t(id INTEGER PRIMARY KEY, data)"
+
+
+#: Where the tests put their database.
+P = "old/app.db"
+
+
+def keys(world: World, prefix: str = P) -> list[str]:
+    return [entry.key for entry in world.store.inner.list(prefix)]
+
+
+def source_of(world: World, prefix: str = P) -> Source:
+    return Source(world.store, BlockCache(world.store, world.runtime, 1 << 20, 5), world.runtime, prefix)
+
+
+def adopt(world: World, prefix: str = P, **options: object) -> Version:
+    heads = legacy.AnyHead(source_of(world, prefix), CONFIG)
+    version = heads.read()
+    assert version is not None and version.snapshot is not None
+    return heads.convert(version, **options)  # type: ignore[arg-type]

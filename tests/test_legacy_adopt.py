@@ -8,28 +8,22 @@ from collections.abc import Callable, Iterator
 import apsw
 import pytest
 import s3vfs
-import sqlite_s3vfs
 from engine import CONFIG, Call, InlineRuntime, Process, World, shrink_limits
-from s3vfs import CREATE, MemoryBucket, dump, fill, run
+from s3vfs import CREATE, MemoryBucket, P, adopt, dump, fill, keys, run, source_of
 from scenes import without_counters
 
 from s3blockfs import legacy
-from s3blockfs.cache import BlockCache
 from s3blockfs.database import Database
 from s3blockfs.errors import (
     Busy,
-    DatabaseExists,
     DatabaseGone,
     DatabaseNotFound,
     ReadOnly,
     RequestInDoubt,
     S3BlockFSError,
     StoreUnavailable,
-    UsageError,
 )
-from s3blockfs.snapshot import Snapshot, Source, Version
-
-P = "old/app.db"
+from s3blockfs.gc import collect
 
 
 @pytest.fixture
@@ -50,23 +44,8 @@ def whole(database: Database) -> bytes:
     return database.read(0, database.size)
 
 
-def keys(world: World, prefix: str = P) -> list[str]:
-    return [entry.key for entry in world.store.inner.list(prefix)]
-
-
 def old_keys(world: World) -> list[str]:
     return [key for key in keys(world) if legacy._BLOCK.fullmatch(key, len(P))]
-
-
-def source_of(world: World, prefix: str = P) -> Source:
-    return Source(world.store, BlockCache(world.store, world.runtime, 1 << 20, 5), world.runtime, prefix)
-
-
-def adopt(world: World, prefix: str = P, **options: object) -> Version:
-    heads = legacy.AnyHead(source_of(world, prefix), CONFIG)
-    version = heads.read()
-    assert version is not None and version.snapshot is not None
-    return heads.convert(version, **options)  # type: ignore[arg-type]
 
 
 # --- the first write ---------------------------------------------------------------------------------------
@@ -412,80 +391,6 @@ def test_a_crash_while_removing_leaves_all_or_nothing(world: World) -> None:
     assert at > 5
 
 
-# --- the way back ------------------------------------------------------------------------------------------
-
-
-def export(world: World, block_size: int, target: str = "out/x.db") -> bytes:
-    """Of the database at P; its bytes."""
-    version = world.heads().read() or world.heads(P).read()
-    assert version is not None
-    snapshot = Snapshot.load(source_of(world), version)
-    legacy.export_layout(snapshot, source_of(world, target), block_size)
-    return snapshot.read(0, version.head.size)
-
-
-@pytest.mark.parametrize("block_size", [512, 4095, 4096, 65536, 1 << 20])
-def test_an_export_is_read_by_that_library(world: World, bucket: MemoryBucket, block_size: int) -> None:
-    run(bucket, P, fill(800, start=1000))
-    adopt(world)
-    expected = export(world, block_size)
-    assert s3vfs.content(bucket, "out/x.db") == expected
-    assert sqlite_s3vfs.S3VFSFile("out/x.db", 0, bucket, block_size).xFileSize() == len(expected)
-    assert run(bucket, "out/x.db", "SELECT * FROM t ORDER BY 1", block_size=block_size) == dump(expected)
-    run(bucket, "out/x.db", fill(50, start=9000), block_size=block_size)
-    assert len(dump(world.content("out/x.db"))) == 910
-
-
-def test_a_wal_database_is_exported_in_rollback_mode(world: World, bucket: MemoryBucket) -> None:
-    adopt(world)
-    database = world.machine().open(P)
-    database.write(18, b"\2\2")
-    database.close_handle(0)
-    export(world, 4096)
-    assert len(run(bucket, "out/x.db", "SELECT * FROM t")) == 60
-
-
-@pytest.mark.parametrize("there", ["out/x.db/head", "out/x.db/0000000009", "out/x.db-journal/0000000000"])
-def test_an_export_never_goes_where_something_is(world: World, bucket: MemoryBucket, there: str) -> None:
-    adopt(world)
-    world.store.inner.put(there, b"")
-    with pytest.raises(DatabaseExists, match="not empty"):
-        export(world, 4096)
-    assert keys(world, "out/") == [there]
-
-
-@pytest.mark.parametrize("block_size", [0, 511, (4 << 20) + 1])
-def test_block_sizes_that_make_no_sense(world: World, bucket: MemoryBucket, block_size: int) -> None:
-    adopt(world)
-    with pytest.raises(UsageError):
-        export(world, block_size)
-
-
-def test_an_interrupted_export_is_no_database(world: World, bucket: MemoryBucket) -> None:
-    adopt(world)
-    for at in range(10**6):
-        count = 0
-
-        def die(call: Call, now: str, at: int = at) -> None:
-            nonlocal count
-            count += call.site == "export" and call.operation == "PUT" and now == "before"
-            if count > at:
-                raise StoreUnavailable("no")
-
-        world.store.rule = die
-        try:
-            export(world, 4096, f"out{at}.db")
-        except StoreUnavailable:
-            world.store.rule = None
-            assert legacy.find(source_of(world, f"out{at}.db"), CONFIG) is None
-            if at:
-                with pytest.raises(apsw.Error):
-                    run(bucket, f"out{at}.db", "SELECT * FROM t")
-            continue
-        break
-    assert at > 4
-
-
 # --- other commands ----------------------------------------------------------------------------------------
 
 
@@ -516,3 +421,19 @@ def test_old_keys_beside_a_head_are_reported_by_open(
     adopt(world, keep=True)
     world.machine().open(P)
     assert "old/app.db/0000000000: left or written by sqlite-s3vfs" in caplog.text
+
+
+def test_a_collector_does_not_touch_a_conversion_that_is_under_way(world: World, bucket: MemoryBucket) -> None:
+    """Its uploads are nobody's until the head is there; without a head nothing is garbage."""
+    before = s3vfs.content(bucket, P)
+
+    def collect_now(call: Call, now: str) -> None:
+        if call.site == "swap" and now == "before":
+            world.store.rule = None
+            world.runtime.sleep(10**6)
+            report = collect(source_of(world), legacy.AnyHead(source_of(world), CONFIG), 0)
+            assert report.deleted == 0
+
+    world.store.rule = collect_now
+    adopt(world)
+    assert world.content(P) == before
