@@ -273,7 +273,7 @@ def test_a_mount_answers_prometheus(place: Place, tmp_path: Path) -> None:
     figures = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
     assert figures["s3blockfs_commits_total"] == 1
     assert figures["s3blockfs_failed_commits_total"] == 0
-    assert figures['s3blockfs_requests_total{outcome="ok",site="swap"}'] == 1
+    assert figures['s3blockfs_requests_total{outcome="ok",site="swap"}'] >= 1  # a lease takes one, too
     assert figures["s3blockfs_sent_bytes_total"] > 0
     assert figures["s3blockfs_received_bytes_total"] > 1_000_000
     assert figures["s3blockfs_cache_misses_total"] > 0
