@@ -154,9 +154,10 @@ class Catalog(Names):
         self.require_writable()
         self._replaced(source.prefix, bury(source, heads, version, self._writer))
 
-    def rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str, overwrite: bool = True) -> None:
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
-        DatabaseNotFound, Busy in a transaction on it or the one it replaces, OSError (EISDIR, ENOTDIR, ENOTEMPTY)."""
+        DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
+        (EISDIR, ENOTDIR, ENOTEMPTY)."""
         entry = self.lookup(old)
         if entry is not None and entry.is_folder:
             if self.lookup(new) is not None:
@@ -166,7 +167,7 @@ class Catalog(Names):
                 self.rename(f"{old}/{inner}", f"{new}/{inner}")
             return self.remove_folder(old)
         source, heads, version = self.find(old)
-        target, over, base, name = self._target(new)
+        target, over, base, name = self._target(new, overwrite)
         self._require_idle(source, target)
         if source.prefix != target.prefix:
             state = Snapshot.load(source, heads.convert(version))
@@ -179,15 +180,13 @@ class Catalog(Names):
         """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
         DatabaseExists, Busy."""
         source, from_heads, version = self.find(old)
-        target, heads, base, name = self._target(new)
-        if base is not None and not base.head.deleted and not overwrite:
-            raise DatabaseExists(f"{self._label(new)}: exists")
+        target, heads, base, name = self._target(new, overwrite)
         self._require_idle(target)
         state = Snapshot.load(source, from_heads.convert(version))
         made = put_state(state, source, target, heads, base, name, self._writer)
         self._replaced(target.prefix, made)
 
-    def _target(self, path: str) -> tuple[Source, HeadFile, Version | None, str | None]:
+    def _target(self, path: str, overwrite: bool) -> tuple[Source, HeadFile, Version | None, str | None]:
         """(place, head, what it holds, name to record) for a database that is going to be under this name."""
         self.require_writable()
         entry = self.lookup(path)
@@ -199,6 +198,8 @@ class Catalog(Names):
         base = heads.read()
         base = base and heads.convert(base)
         live = base is not None and not base.head.deleted
+        if live and not overwrite:
+            raise DatabaseExists(f"{self._label(path)}: exists")
         return self._source(prefix), heads, base, base.head.name if base and live else path.rpartition("/")[2]
 
     def _require_idle(self, *places: Source) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from cachetools import LRUCache
 
+from s3blockfs import header
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.cache import BlockCache
 from s3blockfs.errors import DamagedObject, ObjectNotFound, TooOld
@@ -186,6 +187,12 @@ class Snapshot:
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
         self._source.cache.prefetch(self._source.prefix, _addresses(self._plan(offset, min(end, self.head.size))))
+
+    def pieces(self, ahead: int) -> Iterator[bytes]:
+        """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
+        for start in range(0, self.head.size, codec.OBJECT_BYTES):
+            self.prefetch(start, start + codec.OBJECT_BYTES + ahead)
+            yield header.in_rollback_mode(start, self.read(start, codec.OBJECT_BYTES))
 
     def _plan(self, offset: int, end: int) -> list[Piece]:
         """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""

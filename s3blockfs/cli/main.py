@@ -27,7 +27,7 @@ def commands() -> None:
     """SQLite databases in S3 that behave like ordinary local files."""
 
 
-for _name in ("mount", "umount", "ls", "info", "rm", "lease", "doctor", "serve"):
+for _name in ("mount", "umount", "ls", "info", "import", "export", "cp", "mv", "rm", "lease", "doctor", "serve"):
     commands.add_command(importlib.import_module(f"s3blockfs.cli.{_name}_cmd").run)
 
 
@@ -55,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # about a local file, or a name that is a folder
+        if settings.debug:
+            traceback.print_exc()
+        print(f"s3blockfs: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _in_one_line(error: S3BlockFSError | click.ClickException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
@@ -187,6 +188,7 @@ def command(name: str, **options: Any) -> Callable[[Callable[..., int | None]], 
     return click.command(name, cls=Command, **options)
 
 
+force_option = click.option("--force", is_flag=True, help="overwrite what is there")
 json_option = click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
 
 
@@ -198,6 +200,18 @@ def show(facts: Mapping[str, object], as_json: bool) -> None:
     for name, value in facts.items():
         shown = ", ".join(value) if isinstance(value, list) else value
         print(f"{name:16}{'-' if shown in (None, '') else shown}")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on the terminal, if stderr is one; is told (bytes done, bytes in all, if that is known)."""
+    with click.progressbar(length=0, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def report(done: int, total: int | None) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield report
 
 
 # --- the stack ------------------------------------------------------------------------------------------------------

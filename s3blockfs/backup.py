@@ -1,0 +1,90 @@
+"""The committed state of a database that any program has open, by SQLite's own backup: it knows what counts of a WAL
+or a hot journal beside the file."""
+
+import uuid
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from s3blockfs import header
+from s3blockfs.database import Database
+from s3blockfs.errors import UsageError
+
+#: How long to wait for a program that is writing.
+PATIENCE_MS = 60_000
+
+#: Copied at a time.
+STEP_PAGES = 256
+
+
+def back_up(file: str, database: Database, report: Callable[[int, int], None]) -> None:
+    """Make it the uncommitted state of `database`, which is empty. `report` hears of pages (done, in all).
+    Raises UsageError, OSError, and what writing raises."""
+    with Path(file).open("rb") as opened:  # SQLite takes an empty file for a database
+        if not header.is_database(opened.read(header.HEADER_BYTES)):
+            raise UsageError(f"{file}: no SQLite database")
+    sink = _Sink(database)
+    try:
+        # Not read-only, or a hot journal could not be rolled back. Closing must not run a checkpoint, though.
+        with closing(apsw.Connection(str(Path(file).resolve()), flags=apsw.SQLITE_OPEN_READWRITE)) as source:
+            source.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            source.set_busy_timeout(PATIENCE_MS)
+            source.execute("BEGIN; SELECT * FROM sqlite_schema").fetchall()  # or each writer would start it anew
+            with closing(apsw.Connection(sink.name, vfs=sink.name)) as target:
+                target.execute("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")
+                with target.backup("main", source, "main") as backup:
+                    while not backup.done:
+                        backup.step(STEP_PAGES)
+                        report(backup.page_count - backup.remaining, backup.page_count)
+    except apsw.Error as error:
+        raise sink.failure or UsageError(f"{file}: {error}") from error
+
+
+class _Sink(apsw.VFS):
+    """Has one file: what SQLite writes into it becomes uncommitted bytes of a database, and nothing is published."""
+
+    def __init__(self, database: Database) -> None:
+        self.name = f"sink-{uuid.uuid4()}"
+        self.failure: Exception | None = None
+        self._database = database
+        super().__init__(name=self.name, base="")
+
+    def xOpen(self, name: object, flags: list[int]) -> Any:
+        return self
+
+    def xFullPathname(self, name: str) -> str:
+        return name
+
+    def xAccess(self, pathname: str, flags: int) -> bool:
+        return False
+
+    def xRead(self, amount: int, offset: int) -> bytes:
+        return self._database.read(offset, amount)
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        try:
+            self._database.write(offset, bytes(data))
+        except Exception as error:
+            self.failure = error
+            raise apsw.IOError(str(error)) from error
+
+    def xTruncate(self, size: int) -> None:
+        self._database.truncate(size)
+
+    def xFileSize(self) -> int:
+        return self._database.size
+
+    def xFileControl(self, operation: int, pointer: int) -> bool:
+        return False
+
+    def xCheckReservedLock(self) -> bool:
+        return False
+
+    def _nothing(self, *_: object) -> int:
+        """Nobody else is there, and nothing is durable before the commit."""
+        return 0
+
+    xClose = xSync = xLock = xUnlock = xSectorSize = xDeviceCharacteristics = _nothing

@@ -1,0 +1,82 @@
+"""`s3blockfs export BUCKET/NAME FILE`."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from s3blockfs.cli import options
+from s3blockfs.errors import DatabaseExists, UsageError
+
+
+@options.command("export", short_help="write a database to a file")
+@click.argument("database", type=options.database, metavar="BUCKET/NAME")
+@click.argument("file", metavar="FILE|-")
+@options.force_option
+def run(database: options.Target, file: str, force: bool) -> None:
+    """Write a database to a regular file, or to stdout: one committed state, whoever writes meanwhile, every block
+    verified. FILE appears when it is complete."""
+    target = Path(file).resolve()
+    sides = [Path(f"{target}{suffix}") for suffix in ("-journal", "-wal", "-shm")]
+    if file == "-" and sys.stdout.isatty():
+        raise UsageError("stdout is a terminal; name a file, or redirect it")
+    if file != "-" and not force:
+        _refuse(target, *sides[:2])
+    with options.opened(database) as (catalog, _, _), options.progress(f"{target.name} <-") as report:
+        from s3blockfs.snapshot import Snapshot
+
+        source, _, version = catalog.find(database.name)
+        state = Snapshot.load(source, version)
+
+        def pieces() -> Iterator[bytes]:
+            done = 0
+            for piece in state.pieces(options.settings().config.readahead_size):
+                yield piece
+                report(done := done + len(piece), state.head.size)
+
+        if file == "-":
+            sys.stdout.buffer.writelines(pieces())
+            sys.stdout.buffer.flush()
+        else:
+            _replace(target, sides, pieces(), force)
+
+
+def _refuse(*paths: Path) -> None:
+    for path in paths:
+        if path.is_symlink() or path.exists():
+            raise DatabaseExists(f"{path}: exists; move it away, or overwrite it with --force")
+
+
+def _replace(target: Path, sides: list[Path], pieces: Iterator[bytes], force: bool) -> None:
+    """Under another name first. Side files of the old FILE must not be played into the new one: it goes before them, so
+    that there is none at all in between."""
+    descriptor, name = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
+    new = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.writelines(pieces)
+            out.flush()
+            os.fsync(descriptor)
+        if not force:
+            _refuse(*sides[:2])
+            try:
+                os.link(new, target)
+            except FileExistsError:
+                _refuse(target)
+            except OSError:  # no hard links here, so nobody can tell in the same instant
+                _refuse(target)
+                new.rename(target)
+        else:
+            for path in (target, *sides) if any(side.exists() for side in sides) else ():
+                path.unlink(missing_ok=True)
+            new.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        new.unlink(missing_ok=True)

@@ -1,0 +1,17 @@
+"""`s3blockfs mv BUCKET/NAME BUCKET/NAME`."""
+
+import click
+
+from s3blockfs.cli import options
+from s3blockfs.cli.cp_cmd import places
+
+
+@options.command("mv", short_help="rename a database")
+@click.argument("old", type=options.database, metavar="BUCKET/NAME")
+@click.argument("new", type=options.database, metavar="BUCKET/NAME")
+@options.force_option
+def run(old: options.Target, new: options.Target, force: bool) -> None:
+    """Rename a database, or a folder of them, within a bucket. The bytes do not pass through this machine."""
+    folder, name, new_name = places(old, new)
+    with options.opened(folder) as (catalog, _, _):
+        catalog.rename(name, new_name, overwrite=force)
