@@ -11,7 +11,7 @@ import apsw
 
 from s3blockfs import header
 from s3blockfs.database import Database
-from s3blockfs.errors import UsageError
+from s3blockfs.errors import Busy, UsageError
 
 #: How long to wait for a program that is writing.
 PATIENCE_MS = 60_000
@@ -22,7 +22,7 @@ STEP_PAGES = 256
 
 def back_up(file: str, database: Database, report: Callable[[int, int], None]) -> None:
     """Make it the uncommitted state of `database`, which is empty. `report` hears of pages (done, in all).
-    Raises UsageError, OSError, and what writing raises."""
+    Raises UsageError, Busy, OSError, and what writing raises."""
     with Path(file).open("rb") as opened:  # SQLite takes an empty file for a database
         if not header.is_database(opened.read(header.HEADER_BYTES)):
             raise UsageError(f"{file}: no SQLite database")
@@ -40,7 +40,8 @@ def back_up(file: str, database: Database, report: Callable[[int, int], None]) -
                         backup.step(STEP_PAGES)
                         report(backup.page_count - backup.remaining, backup.page_count)
     except apsw.Error as error:
-        raise sink.failure or UsageError(f"{file}: {error}") from error
+        kind = Busy if isinstance(error, apsw.BusyError) else UsageError
+        raise sink.failure or kind(f"{file}: {error}") from error
 
 
 class _Sink(apsw.VFS):

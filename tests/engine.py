@@ -251,10 +251,10 @@ class World:
         for machine in self.machines:
             machine.close()
 
-    def machine(self, *, faulty: bool = True, **changes: object) -> Catalog:
+    def machine(self, *, faulty: bool = True, root: str = "", **changes: object) -> Catalog:
         """Another machine; one that is not `faulty` bypasses the rules and counters of the store."""
         store = self.store if faulty else self.store.inner
-        made = Catalog(store, self.runtime, replace(CONFIG, **changes), "")  # type: ignore[arg-type]
+        made = Catalog(store, self.runtime, replace(CONFIG, **changes), root)  # type: ignore[arg-type]
         self.machines.append(made)
         return made
 

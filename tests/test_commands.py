@@ -6,19 +6,18 @@ import json
 import socket
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import Call, World
+from commanding import commanded, run
+from engine import Call
 from mounting import PATIENCE_S, Place, command, mounted, sqlite
 from prometheus_client import REGISTRY
 from scenes import Scene, state, store_down
 
 from s3blockfs import metrics
-from s3blockfs.cli import main, options
 from s3blockfs.errors import CommitLost, DatabaseGone, StoreRefused
 from s3blockfs.format.head import Head, Lease, NamedSnapshot
 
@@ -26,21 +25,8 @@ from s3blockfs.format.head import Head, Lease, NamedSnapshot
 @pytest.fixture
 def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     """`a.db` in state 1; commands find it in any bucket."""
-    with World() as world:
-
-        @contextmanager
-        def opened(where: options.Target) -> Iterator[Any]:
-            yield world.machine(), world.store, world.runtime
-
-        monkeypatch.setattr(options, "opened", opened)
+    with commanded(monkeypatch) as world:
         yield Scene(world)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    """The exit code and what was printed, errors too."""
-    code = main.main(arguments)
-    shown = capsys.readouterr()
-    return code, shown.out + shown.err
 
 
 def change(scene: Scene, **fields: Any) -> Head:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -15,7 +15,7 @@ import click
 from s3blockfs import header
 from s3blockfs.cli import options
 from s3blockfs.config import MIB
-from s3blockfs.errors import DamagedObject, DatabaseExists, UsageError
+from s3blockfs.errors import DamagedObject, DatabaseExists, S3BlockFSError, UsageError
 
 if TYPE_CHECKING:
     from s3blockfs.database import Database
@@ -49,13 +49,14 @@ def run(file: str, database: options.Target, force: bool) -> None:
                 back_up(file, held, report)
             else:
                 with sys.stdin.buffer if file == "-" else Path(file).open("rb") as stream:
-                    _read(stream, held, report)
+                    _read(file, stream, held, report)
             expected = _hash(held.read(at, MIB) for at in range(0, held.size, MIB))
             held.close_handle(os.getpid())
         except BaseException:
-            if not exists:
-                place, heads, _ = catalog.find(name)
-                bury(place, heads, before, "import", same_commit=True)
+            with suppress(S3BlockFSError):  # an empty database is left; more important is what went wrong first
+                if not exists:
+                    place, heads, _ = catalog.find(name)
+                    bury(place, heads, before, "import", same_commit=True)
             raise
         finally:
             catalog.release(held)
@@ -74,7 +75,7 @@ def _hash(pieces: Iterable[bytes]) -> bytes:
     return total.digest()
 
 
-def _read(stream: BinaryIO, held: Database, report: Report) -> None:
+def _read(file: str, stream: BinaryIO, held: Database, report: Report) -> None:
     for piece in iter(lambda: stream.read(MIB), b""):
         if held.size == 0 and not header.is_database(piece):
             break
@@ -82,4 +83,4 @@ def _read(stream: BinaryIO, held: Database, report: Report) -> None:
         report(held.size, None)
     promised = header.file_size(held.read(0, header.HEADER_BYTES))
     if held.size < max(promised or 0, header.HEADER_BYTES):
-        raise UsageError(f"{stream.name}: no SQLite database, or not all of it; nothing was imported")
+        raise UsageError(f"{file}: no SQLite database, or not all of it; nothing was imported")
