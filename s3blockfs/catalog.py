@@ -21,6 +21,7 @@ from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, check_prefix, join
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
+from s3blockfs.history import open_at
 from s3blockfs.lease import Lease
 from s3blockfs.legacy import report_stale
 from s3blockfs.names import Names, undotted
@@ -176,13 +177,14 @@ class Catalog(Names):
             self._replaced(target.prefix, moved)
         return None
 
-    def copy(self, old: str, new: str, overwrite: bool = False) -> None:
-        """The newest state of a database becomes the next one under the name `new`. Raises DatabaseNotFound,
-        DatabaseExists, Busy."""
+    def copy(self, old: str, new: str, overwrite: bool = False, at: int | str | None = None) -> None:
+        """The newest state of a database, or the one `at` a commit's seq or a snapshot's label, becomes the next one
+        under the name `new`. Raises DatabaseNotFound, DatabaseExists, TooOld, Busy."""
         source, from_heads, version = self.find(old)
         target, heads, base, name = self._target(new, overwrite)
         self._require_idle(target)
-        state = Snapshot.load(source, from_heads.convert(version))
+        version = from_heads.convert(version)
+        state = Snapshot.load(source, version) if at is None else open_at(source, from_heads, at)
         made = put_state(state, source, target, heads, base, name, self._writer)
         self._replaced(target.prefix, made)
 

@@ -32,8 +32,12 @@ def file_size(header: bytes) -> int | None:
     """Page count times page size in bytes, if the page count is valid."""
     if not is_database(header) or header[COUNTER_AT : COUNTER_AT + 4] != header[VALID_FOR_AT : VALID_FOR_AT + 4]:
         return None
-    page = int.from_bytes(header[16:18], "big")
-    return int.from_bytes(header[28:32], "big") * (65536 if page == 1 else page) or None
+    return int.from_bytes(header[28:32], "big") * page_size(header) or None
+
+
+def page_size(header: bytes) -> int:
+    size = int.from_bytes(header[16:18], "big")
+    return 65536 if size == 1 else size
 
 
 def without_counter(offset: int, data: bytes) -> bytes:

@@ -11,15 +11,24 @@ Thread rule: any thread.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar, cast
 
 from s3blockfs.blockmap import NO_END, BlockMap
-from s3blockfs.errors import DamagedObject, DatabaseNotFound, ObjectNotFound, S3BlockFSError, TooOld
+from s3blockfs.errors import (
+    Busy,
+    DamagedObject,
+    DatabaseExists,
+    DatabaseNotFound,
+    ObjectNotFound,
+    S3BlockFSError,
+    TooOld,
+)
 from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import Head
-from s3blockfs.format.keys import rev_of
+from s3blockfs.format.head import Head, NamedSnapshot
+from s3blockfs.format.keys import NONCE_BYTES, archive_key, rev_of
 from s3blockfs.head import HeadFile
 from s3blockfs.snapshot import Snapshot, Source, Version, read_log
 
@@ -34,12 +43,42 @@ def roots(source: Source, head: Head) -> Iterator[Version]:
     for rev, key in sorted((rev, key) for rev, key in dated if rev is not None):
         if key in pinned or head.floor < rev < head.rev:
             try:
-                found = source.store.get(key, site="roots")
+                root = archived(source, key)
             except ObjectNotFound:
                 if key in pinned:
                     raise DamagedObject(f"{source.name_of(key)}: missing") from None
                 continue  # a collector with a higher floor was here: it is no root any more
-            yield Version(codec.decode(found.body, source.name_of(key)), found.etag, found.body)
+            yield root
+
+
+def archived(source: Source, key: str) -> Version:
+    """A former head. Raises DamagedObject, StoreError."""
+    found = source.store.get(key, site="roots")
+    return Version(codec.decode(found.body, source.name_of(key)), found.etag, found.body)
+
+
+def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:
+    """Keep the state of `version`, a head that is stored, under a new label for as long as `forget` is not called.
+    Raises DatabaseExists (the label is in use), Busy, and what a swap raises."""
+    key = archive_key(source.prefix, version.head.rev, source.runtime.token(NONCE_BYTES))
+    source.store.put(key, version.body, site="archive")
+
+    def make(head: Head) -> Head:
+        others = tuple(named for named in head.snapshots if named.archive != key)
+        if label in [named.label for named in others]:
+            raise DatabaseExists(f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another label")
+        if version.head.rev <= head.floor:
+            raise Busy(f"{source.name_of(source.prefix)}: took longer than the retention; try again")
+        return replace(head, snapshots=(*others, NamedSnapshot(label, key)))
+
+    heads.swap(version, make)
+
+
+def forget(source: Source, heads: HeadFile, version: Version, label: str) -> None:
+    """Let a named snapshot go, after the retention. Raises DatabaseNotFound, and what a swap raises."""
+    if label not in [named.label for named in version.head.snapshots]:
+        raise DatabaseNotFound(f"{source.name_of(source.prefix)}: no snapshot {label!r}")
+    heads.swap(version, lambda head: replace(head, snapshots=tuple(n for n in head.snapshots if n.label != label)))
 
 
 def commits(source: Source, heads: HeadFile) -> list[Commit]:
@@ -61,9 +100,7 @@ def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
             keys = {snapshot.label: snapshot.archive for snapshot in version.head.snapshots}
             if rev_of(source.prefix, keys.get(which, "")) is None:
                 raise DatabaseNotFound(f"{label}: no snapshot {which!r}")
-            found = source.store.get(keys[which], site="roots")
-            head = codec.decode(found.body, source.name_of(keys[which]))
-            return Snapshot.load(source, Version(head, found.etag, found.body))
+            return Snapshot.load(source, archived(source, keys[which]))
         for root, found_there in _timeline(source, version, which):
             if any(commit.seq == which for commit in found_there):
                 return Snapshot.load(source, root, at=which)

@@ -34,7 +34,6 @@ from s3blockfs.errors import (
 )
 from s3blockfs.format import keys
 from s3blockfs.format.keys import HIDDEN_FOLDER, check_prefix, deleted_mark_key, is_file_name, join
-from s3blockfs.head import HeadFile
 from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
@@ -140,15 +139,19 @@ class Names:
                 found[name if exact else name + SHOWN_SUFFIX] = _entry(start + name, version)
         return sorted(found.items())
 
-    def find(self, path: str) -> tuple[Source, HeadFile, Version]:
+    def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
         entry = self.lookup(path)
         if entry is not None and not entry.is_folder:
-            heads = self._head_file(entry.prefix)
+            source, heads = self.at(entry.prefix)
             version = heads.read()
             if version is not None and not version.head.deleted:
-                return self._source(entry.prefix), heads, version
+                return source, heads, version
         raise DatabaseNotFound(f"{self._label(path)}: no such database")
+
+    def at(self, prefix: str) -> tuple[Source, AnyHead]:
+        """Of a whole key prefix, whatever is there."""
+        return self._source(prefix), self._head_file(prefix)
 
     def make_folder(self, path: str) -> None:
         """Remembered by a mark in it. Raises DatabaseExists for any name in use, UsageError for one that cannot be."""

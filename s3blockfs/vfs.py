@@ -19,6 +19,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial, wraps
 from itertools import count
 from typing import Any, TypeVar
@@ -80,6 +81,19 @@ def connect(*, bucket: Any, name: str, block_size: int = 64 * KIB, **options: An
     connection = apsw.Connection(name, vfs=vfs.name)
     connection.set_busy_timeout(5000)
     return connection
+
+
+def integrity(catalog: Catalog, path: str) -> list[str]:
+    """What `PRAGMA integrity_check` finds. Raises what reading raises."""
+    vfs = S3VFS.over(catalog)
+    with closing(apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs.name)) as connection:
+        try:
+            rows = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+        except apsw.Error as error:
+            if isinstance(error.__cause__, errors.S3BlockFSError):
+                raise error.__cause__ from error
+            rows = [str(error)]
+    return [] if rows == ["ok"] else rows
 
 
 @atexit.register
@@ -156,6 +170,13 @@ class S3VFS(apsw.VFS):
         self._identity = bucket if isinstance(bucket, str) else S3Store.identity(bucket)
         self.name = f"s3vfs-{uuid.uuid4()}"
         super().__init__(name=self.name, base="", maxpathname=1200)
+
+    @classmethod
+    def over(cls, catalog: Catalog) -> "S3VFS":
+        """A VFS for databases that a catalog leads to; their names are keys below its root."""
+        vfs = cls("")
+        vfs._catalogs[os.getpid()] = catalog
+        return vfs
 
     @property
     def catalog(self) -> Catalog:

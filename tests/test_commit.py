@@ -12,13 +12,13 @@ from typing import TypeVar
 
 import pytest
 from engine import Call, InlineRuntime, ManualRuntime, World, shrink_limits, small_leaves
-from objects import decode_object
 
 from s3blockfs import commit
 from s3blockfs.database import Database
 from s3blockfs.errors import CommitLost, StoreRefused, StoreUnavailable
 from s3blockfs.format import data
 from s3blockfs.format import head as codec
+from s3blockfs.format.data import decode_object
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import ObjectRef

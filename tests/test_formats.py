@@ -35,11 +35,10 @@ from golden import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objects import decode_object
 
 from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported, UsageError
 from s3blockfs.format import data, extents, head, keys, tail
-from s3blockfs.format.data import BASE, LOG, Commit, FrameAddress, Index, IndexEntry, build, slot_address
+from s3blockfs.format.data import BASE, LOG, Commit, FrameAddress, Index, IndexEntry, build, decode_object, slot_address
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.head import Head, Lease, NamedSnapshot, Segment
 from s3blockfs.format.keys import ObjectRef

@@ -13,7 +13,7 @@ def places(old: options.Target, new: options.Target) -> tuple[options.Target, st
     if old.bucket != new.bucket:
         raise UsageError(f"{old} and {new} are in two buckets; use s3blockfs export {old} - | s3blockfs import - {new}")
     folder = os.path.commonpath([old.prefix, new.prefix])
-    name, new_name = (f"{each.prefix}/{each.name}"[len(folder) :].lstrip("/") for each in (old, new))
+    name, new_name = (each.key[len(folder) :].lstrip("/") for each in (old, new))
     return options.Target(old.bucket, folder), name, new_name
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -16,9 +17,12 @@ from s3blockfs.errors import DatabaseExists, UsageError
 @click.argument("database", type=options.database, metavar="BUCKET/NAME")
 @click.argument("file", metavar="FILE|-")
 @options.force_option
-def run(database: options.Target, file: str, force: bool) -> None:
+@click.option("--layout", type=click.Choice(["sqlite-s3vfs"]), help="FILE is BUCKET/NAME: keys as that library's")
+def run(database: options.Target, file: str, force: bool, layout: str | None) -> None:
     """Write a database to a regular file, or to stdout: one committed state, whoever writes meanwhile, every block
-    verified. FILE appears when it is complete."""
+    verified. FILE appears when it is complete. With --layout, blocks have 4096 bytes unless --block-size is given."""
+    if layout is not None:
+        return _export_layout(database, options.database(file))
     target = Path(file).resolve()
     sides = [Path(f"{target}{suffix}") for suffix in ("-journal", "-wal", "-shm")]
     if file == "-" and sys.stdout.isatty():
@@ -42,6 +46,21 @@ def run(database: options.Target, file: str, force: bool) -> None:
             sys.stdout.buffer.flush()
         else:
             _replace(target, sides, pieces(), force)
+    return None
+
+
+def _export_layout(database: options.Target, to: options.Target) -> None:
+    from s3blockfs.legacy import export_layout
+    from s3blockfs.snapshot import Snapshot
+
+    given = click.get_current_context().get_parameter_source("block_size") is not click.core.ParameterSource.DEFAULT
+    block_size = options.settings().config.block_size if given else 4096
+    with ExitStack() as stack:
+        catalog, _, _ = stack.enter_context(options.opened(database))
+        there = catalog if to.bucket == database.bucket else stack.enter_context(options.opened(to))[0]
+        report = stack.enter_context(options.progress(f"{to} <-"))
+        source, _, version = catalog.find(database.name)
+        export_layout(Snapshot.load(source, version), there.at(to.key)[0], block_size, report)
 
 
 def _refuse(*paths: Path) -> None:

@@ -1,7 +1,5 @@
 """`s3blockfs info BUCKET/NAME`."""
 
-from datetime import datetime, timezone
-
 import click
 
 from s3blockfs.cli import options
@@ -25,7 +23,7 @@ def run(database: options.Target, as_json: bool) -> None:
         "seq": head.seq,
         "rev": head.rev,
         "commit": head.commit.hex(),
-        "committed": datetime.fromtimestamp(head.time_ms // 1000, timezone.utc).isoformat(),
+        "committed": options.utc(head.time_ms),
         "writer": head.writer,
         "lease": head.lease and head.lease.owner,
         "snapshots": [snapshot.label for snapshot in head.snapshots],

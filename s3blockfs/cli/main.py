@@ -27,7 +27,8 @@ def commands() -> None:
     """SQLite databases in S3 that behave like ordinary local files."""
 
 
-for _name in ("mount", "umount", "ls", "info", "import", "export", "cp", "mv", "rm", "lease", "doctor", "serve"):
+_NAMES = "mount umount ls info import export cp mv rm history snapshot restore check gc adopt lease doctor serve"
+for _name in _NAMES.split():
     commands.add_command(importlib.import_module(f"s3blockfs.cli.{_name}_cmd").run)
 
 

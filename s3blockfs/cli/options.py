@@ -10,8 +10,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from s3blockfs import telemetry
 from s3blockfs.config import HOUR_S, Config
 from s3blockfs.errors import BucketNotFound, UsageError
 from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
-from s3blockfs.format.keys import is_file_name
+from s3blockfs.format.keys import is_file_name, join
 from s3blockfs.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class Target(NamedTuple):
     prefix: str
     name: str = ""
 
+    @property
+    def key(self) -> str:
+        """The key prefix of that database."""
+        return join(self.prefix, self.name)
+
     def __str__(self) -> str:
         return "s3://" + "/".join(filter(None, self))
 
@@ -109,6 +115,32 @@ def database(text: str) -> Target:
     if not name or text.endswith("/"):
         raise click.BadParameter(f"{text!r} names no database; write BUCKET/NAME")
     return Target(target(text).bucket, folder, name)
+
+
+def label(text: str) -> str:
+    """Of a named snapshot; can be taken neither for a number nor for a time."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", text):
+        raise click.BadParameter(f"{text!r} is no label; write a letter, then letters, digits, dots, dashes")
+    return text
+
+
+def state(text: str) -> int | str | datetime | timedelta:
+    """Read a commit's number, a snapshot's label, a moment (UTC unless it says otherwise), or how long ago."""
+    if re.fullmatch(r"\d{1,18}", text):
+        return int(text)
+    if re.match("[A-Za-z]", text):
+        return label(text)
+    with suppress(click.BadParameter):
+        return timedelta(seconds=seconds(text))
+    try:
+        moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write a commit's number, a label, 90m, or 2026-01-31T23:59:59") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def utc(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms // 1000, timezone.utc).isoformat()
 
 
 # --- options --------------------------------------------------------------------------------------------------------

@@ -151,6 +151,29 @@ def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:
     return index
 
 
+def decode_object(body: bytes, ref: ObjectRef, name: str) -> tuple[int, Index]:
+    """(role, index) of a whole object, which needs no head to be verified. Raises DamagedObject, NewerFormat."""
+    if len(body) < HEADER_BYTES + FOOTER_BYTES:
+        raise DamagedObject(f"{name}: {len(body)} bytes are too short for a data object")
+    magic, version, role, _, uid = _HEADER.unpack_from(body)
+    if magic != _MAGIC or uid != ref.uid:
+        raise DamagedObject(f"{name}: not the data object its name says")
+    if version != VERSION:
+        raise NewerFormat(f"{name}: data object version {version}; upgrade s3blockfs")
+    footer = body[-FOOTER_BYTES:]
+    uid, index_pos, index_length, index_crc, frames, commits, length, magic, crc = _FOOTER.unpack(footer)
+    expected = zlib.crc32(body[:HEADER_BYTES] + footer[:-4])
+    if magic != _END_MAGIC or crc != expected or uid != ref.uid or length != len(body):
+        raise DamagedObject(f"{name}: damaged footer")
+    index = decode_index(body[index_pos : index_pos + index_length], ref.uid, index_crc, name)
+    if (len(index.extents), len(index.commits)) != (frames, commits):
+        raise DamagedObject(f"{name}: footer and index disagree")
+    for entry in index.extents:
+        address = entry.address(ref)
+        decode_frame(body[entry.pos : address.end], address, name)
+    return role, index
+
+
 def pack_tables(first: Struct, rows: Sequence[Row], second: Struct, more: Sequence[Row]) -> bytes:
     """Compressed: how many rows each table has (4 bytes each), then the tables."""
     tables = [first.pack(*row) for row in rows] + [second.pack(*row) for row in more]

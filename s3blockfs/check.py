@@ -1,0 +1,90 @@
+"""Is everything there that a database and its past need, whole, and can every byte of it be read? Changes nothing."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from itertools import chain
+
+from s3blockfs import header
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound
+from s3blockfs.format.data import OBJECT_BYTES, decode_object
+from s3blockfs.format.keys import ObjectRef
+from s3blockfs.head import HeadFile
+from s3blockfs.history import roots
+from s3blockfs.snapshot import Snapshot, Source, Version
+
+#: Whole objects in memory at a time.
+AT_A_TIME = 8
+
+#: Called with (bytes or objects done, in all).
+Progress = Callable[[int, int], None]
+
+
+def findings(source: Source, heads: HeadFile, version: Version, report: Progress) -> list[str]:
+    """What is wrong, one line each. Raises TooOld (it was replaced, and collected meanwhile), StoreError."""
+    while True:
+        found = [*_of_objects(source, version, report), *_of_pages(source, version, report)]
+        now = heads.read()
+        if not found or now is None or now.head.floor == version.head.floor or now.head.deleted:
+            return found
+        version = now  # a collector was at work: look again
+
+
+def _of_objects(source: Source, version: Version, report: Progress) -> Iterator[str]:
+    """Every data object that the head or one of its roots refers to is fetched whole, every leaf and archive, too."""
+    refs: dict[ObjectRef, None] = {}
+    try:
+        for root in chain(roots(source, version.head), [version]):
+            leaves = map(source.load_leaf, root.head.leaves)
+            refs |= dict.fromkeys(extent.ref for extent in chain(root.head.extents, *leaves))
+            refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
+    except (DamagedObject, NewerFormat) as error:
+        yield str(error)
+    running: deque[Future[str | None]] = deque()
+    for done, ref in enumerate(chain(refs, [None] * AT_A_TIME)):
+        if len(running) == AT_A_TIME and (finding := running.popleft().result()):
+            yield finding
+        if ref is not None:
+            running.append(source.runtime.submit(partial(_of_object, source, ref)))
+        report(done, len(refs) + AT_A_TIME)
+
+
+def _of_object(source: Source, ref: ObjectRef) -> str | None:
+    key = ref.key(source.prefix)
+    try:
+        decode_object(source.store.get(key, site="check").body, ref, source.name_of(key))
+    except ObjectNotFound:
+        return f"{source.name_of(key)}: missing"
+    except (DamagedObject, NewerFormat) as error:
+        return str(error)
+    return None
+
+
+def _of_pages(source: Source, version: Version, report: Progress) -> Iterator[str]:
+    """Every byte of the state is read; what cannot be is narrowed down to blocks."""
+    damaged: list[tuple[int, int, str]] = []
+    try:
+        state = Snapshot.load(source, version)
+    except (DamagedObject, NewerFormat) as error:
+        yield f"nothing can be read: {error}"
+        return
+    size, block, unit, name = state.head.size, state.head.block_size, 1, "bytes"
+    for start in range(0, size, OBJECT_BYTES):
+        report(start, size)
+        state.prefetch(start, start + AT_A_TIME * OBJECT_BYTES)
+        try:
+            first = state.read(start, OBJECT_BYTES)
+            if start == 0 and header.is_database(first):
+                unit, name = header.page_size(first), "pages"
+        except (DamagedObject, NewerFormat):
+            for at in range(start, min(start + OBJECT_BYTES, size), block):
+                try:
+                    state.read(at, block)
+                except (DamagedObject, NewerFormat) as error:
+                    low, high, why = damaged.pop() if damaged else (at, at, str(error))
+                    if (high, why) != (at, str(error)):
+                        damaged.append((low, high, why))
+                        low = at
+                    damaged.append((low, min(at + block, size), str(error)))
+    yield from (f"{name} {low // unit + 1} to {-(-high // unit)}: {why}" for low, high, why in damaged)
