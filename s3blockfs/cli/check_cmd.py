@@ -1,6 +1,7 @@
 """`s3blockfs check BUCKET/NAME...`."""
 
 import json
+import sys
 
 import click
 
@@ -15,6 +16,7 @@ def run(databases: tuple[options.Target, ...], as_json: bool) -> int:
     """Fetch and verify every object of databases and of the states that they keep, read every page of the newest
     state, then run SQLite's `PRAGMA integrity_check`. Prints what it finds; exit code 6 if there is anything."""
     from s3blockfs.check import findings
+    from s3blockfs.legacy import stale_keys
     from s3blockfs.vfs import integrity
 
     damaged = False
@@ -25,7 +27,10 @@ def run(databases: tuple[options.Target, ...], as_json: bool) -> int:
             found = findings(source, heads, version, report)
             if not found and version.head.counter is not None:  # else no SQLite database
                 found = integrity(catalog, path)
+            stale = stale_keys(source.store, source.prefix) if version.snapshot is None else ()
         damaged |= bool(found)
+        if stale:
+            print(f"{database}: {len(stale)} keys of sqlite-s3vfs beside it count for nothing", file=sys.stderr)
         if as_json:
             print(json.dumps({"database": str(database), "findings": found}))
         else:

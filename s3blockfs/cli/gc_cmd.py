@@ -1,5 +1,6 @@
 """`s3blockfs gc BUCKET[/PREFIX]`."""
 
+import json
 import sys
 
 import click
@@ -37,6 +38,8 @@ def run(target: options.Target, as_json: bool) -> int:
                 print(f"s3blockfs: {error}", file=sys.stderr)
                 code = error.exit_code
                 continue
-            facts = {"prefix": each, "deleted": report.deleted, "deleted_bytes": report.deleted_bytes}
-            options.show({**facts, "kept": report.kept, "kept_bytes": report.kept_bytes}, as_json)
+            if as_json:
+                print(json.dumps({"prefix": each, **report._asdict(), "sparse": len(report.sparse)}))
+            else:
+                print(f"{each}: deleted {report.deleted_bytes} bytes in {report.deleted} objects")
     return code
