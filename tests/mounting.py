@@ -251,7 +251,8 @@ class SqlError(Exception):
 class Client:
     """A sqlite3 connection that stays open, in a process of its own, in autocommit until BEGIN."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
+        """`path`: also a URI."""
         line = [sys.executable, __file__, str(path)]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -300,7 +301,7 @@ class Client:
 
 
 def main() -> Iterator[dict[str, Any]]:
-    database = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=0)
+    database = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=0, uri=sys.argv[1].startswith("file:"))
     for line in sys.stdin:
         try:
             yield {"rows": database.execute(json.loads(line)).fetchall()}
