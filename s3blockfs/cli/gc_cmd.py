@@ -15,7 +15,7 @@ from s3blockfs.errors import DamagedObject, DatabaseGone, DatabaseNotFound, Newe
 def run(target: options.Target, as_json: bool) -> int:
     """Delete what a database, or all under a prefix, replaced longer ago than --retain, also of deleted ones; merge
     long logs, and objects of which little is needed."""
-    from s3blockfs import fold, gc
+    from s3blockfs.housekeeping import clean_up
 
     config, folder = options.settings().config, target.prefix.rpartition("/")[0]
     code = 0
@@ -28,12 +28,8 @@ def run(target: options.Target, as_json: bool) -> int:
             raise DatabaseNotFound(f"{target}: no database there")
         catalog.require_writable()
         for each in databases:
-            source, heads = catalog.at(each)
             try:
-                report = gc.collect(source, heads, config.retain_s)
-                version = heads.read()
-                if version is not None and (report.sparse or fold.is_due(version.head)):
-                    fold.fold(source, heads, config, version, report.sparse)
+                report = clean_up(*catalog.at(each), config)
             except (DamagedObject, DatabaseGone, NewerFormat) as error:  # no reason to leave the others alone
                 print(f"s3blockfs: {error}", file=sys.stderr)
                 code = error.exit_code
