@@ -259,10 +259,11 @@ class Catalog(Names):
         database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
         with self._lock:
             held = self._open.get(prefix)
-            if held is not None and not held.is_gone:  # another thread was faster: there is only one per prefix
-                database.close()
-                return self._use(held)
-            return self._use(database)
+            if held is None or held.is_gone:
+                return self._use(database)
+            self._use(held)  # another thread was faster: there is only one per prefix
+        database.close()
+        return held
 
     def _use(self, database: Database) -> Database:
         """With `_lock` held: count one more user."""

@@ -122,7 +122,7 @@ class Database(State):
             if self._discarding is not None:
                 self._end_discard(remove_journal=False)
                 return
-            if not self.is_dirty:
+            if self._is_clean():
                 return
             journal = self._journal()
             if journal is not None and self._was_rolled_back(journal):
@@ -161,11 +161,17 @@ class Database(State):
             self._require_settled()
             if self._discarding is not None:
                 raise StoreUnavailable(f"{self._label}: an earlier commit of this transaction failed; roll back")
-            if not self.is_dirty or self._journal_is_hot():
+            if self._is_clean() or self._journal_is_hot():
                 return
             if any(writer != pid for _, writer in self.locks.writers()):
                 return
             self._publish()
+
+    def _is_clean(self) -> bool:
+        """Whether there is nothing to publish. Raises DatabaseGone when that is because of `delete`."""
+        if self._gone is not None and self.locks.writers():
+            raise DatabaseGone(self._gone)
+        return not self.is_dirty
 
     def _publish(self, finalising: int | None = None) -> None:
         """`finalising`: the process whose journal is being finalised."""
@@ -366,12 +372,21 @@ class Database(State):
 
     # --- states ----------------------------------------------------------------------------------------
 
+    def delete(self) -> None:
+        """It was deleted here: open handles still read, and cannot write or commit."""
+        with self._changing():
+            self._view.drop()
+            self._side_files.remove(self.path + JOURNAL_SUFFIX)  # or a successor would be rolled back by it
+            self._gone = f"{self._label}: was deleted"
+            self.checked_s = float("inf")  # a refresh would find the tombstone and fail reads
+
     def close(self) -> None:
         """Forget uncommitted bytes, and the journal that would undo them; nobody has it open."""
         with self._changing():
             if self.is_dirty:
                 self._side_files.remove(self.path + JOURNAL_SUFFIX)
             self._view.close()
+        self._lease.done(self)  # an interrupt between lease and lock may have left it in use
         self._lease.give_back()
 
     def tick(self) -> None:

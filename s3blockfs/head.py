@@ -203,18 +203,23 @@ class HeadFile:
         if seen.nonce == mine.nonce or mine.commit == base.head.commit or seen.seq < mine.seq:
             return seen.nonce == mine.nonce  # only a commit can be told from later heads, and only from later commits
         try:
-            return self._commit_at(mine.seq, mine.rev, seen) == mine.commit
+            return self._commit_at(mine, seen) == mine.commit
         except S3BlockFSError as error:  # also damage: it must not be taken for an answer
             raise Unsettled(self._name, doubt) from error
 
-    def _commit_at(self, seq: int, rev: int, head: Head) -> bytes:
-        """The id of the commit with this seq, which no head before `rev` holds: from `head`, then the archives."""
+    def _commit_at(self, mine: Head, newest: Head) -> bytes | None:
+        """The id of the commit with the seq of `mine`, from `newest`, then the archives since. None when a successor
+        took over before there was one: it archived the last head, and its own commits have the numbers of its past."""
+        seq, ended = mine.seq, False
         archived = (
             codec.decode(self._store.get(entry.key, site="settle").body, f"{self._store.name}/{entry.key}")
             for entry in self._store.list(f"{self.prefix}/archive/", site="settle")
-            if entry.key >= archive_key(self.prefix, rev, b"")
+            if entry.key >= archive_key(self.prefix, mine.rev - 1, b"")
         )
-        for known in chain([head], archived):
+        for known in chain([newest], archived):
+            if known.id != mine.id or known.seq < seq:
+                ended |= known.id == mine.id
+                continue
             if known.seq == seq:
                 return known.commit
             ids = {commit.record.seq: commit.record.id for commit in known.tail.commits}
@@ -224,6 +229,8 @@ class HeadFile:
                     ids.update((record.seq, record.id) for record in index.commits)
             if seq in ids:
                 return ids[seq]
+        if ended and newest.id != mine.id:
+            return None
         raise errors.DamagedObject(f"{self._name}: no record of commit {seq}")
 
     def _put(self, replaced: Version | None, head: Head) -> Version:

@@ -66,7 +66,9 @@ class Lease:
     @property
     def is_held(self) -> bool:
         """Whether `heads.latest` is the newest head, as far as politeness goes."""
-        return self._held and self._runtime.monotonic() - self._renewed_s < self._lease_s
+        latest = self.heads.latest  # one that others put there, for the sake of a rename, say, holds no lease of ours
+        fresh = self._runtime.monotonic() - self._renewed_s < self._lease_s
+        return self._held and fresh and latest is not None and self._is_own(latest.head.lease)
 
     def rest(self) -> None:
         """Before a write transaction: after a long tenure let others in first."""
@@ -106,7 +108,7 @@ class Lease:
 
     def tick(self) -> None:
         """Called every now and then: give the lease back, or renew it, on an I/O thread."""
-        if self._is_due():
+        if self._is_due() and not self._lock.locked():  # else a slow store would soon have every thread waiting here
             with contextlib.suppress(RuntimeError):  # no more threads: the next tick tries again
                 self._runtime.submit(lambda: self._give_back_or_renew() if self._is_due() else None)
 

@@ -102,12 +102,18 @@ def uninterrupted(function: Callable[[], object], interrupts: list[BaseException
     outcome = Future[object]()
 
     def run() -> None:
-        try:
-            outcome.set_result(function())
-        except BaseException as error:  # noqa: BLE001  raised below
-            outcome.set_exception(error)
+        if outcome.set_running_or_notify_cancel():
+            try:
+                outcome.set_result(function())
+            except BaseException as error:  # noqa: BLE001  raised below
+                outcome.set_exception(error)
 
-    threading.Thread(target=run, name="s3blockfs-uninterrupted").start()
+    try:
+        threading.Thread(target=run, name="s3blockfs-uninterrupted").start()
+    except BaseException as error:
+        if outcome.cancel():
+            raise  # it has not begun, and never will
+        interrupts.append(error)
     while not outcome.done():
         try:
             wait([outcome])

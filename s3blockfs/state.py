@@ -84,13 +84,6 @@ class State:
         """The state that reads show, uncommitted bytes apart."""
         return self._view.snapshot.version
 
-    def delete(self) -> None:
-        """It was deleted here: open handles still read, and cannot write."""
-        with self._changing():
-            self._view.drop()
-            self._gone = f"{self._label}: was deleted"
-            self.checked_s = float("inf")  # a refresh would find the tombstone and fail reads
-
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""

@@ -5,7 +5,8 @@
 2. The target's head is created or swapped: with a new database id, so that transactions open there lose, and a commit
    of its own that sets the next change counter, so that SQLite drops its page cache. seq goes on from the higher one.
 3. For a rename the source becomes a tombstone, if its head is still the one copied. Else the target is put back and the
-   caller hears Busy; if the target has moved on, too, both are kept. A crash leaves both, never neither.
+   caller hears Busy; if the target has moved on, too, both are kept. A crash leaves both, never neither; nor does a
+   source that others deleted meanwhile.
 
 The source's objects stay for the retention; a copy that takes longer fails on a missing object.
 """
@@ -130,7 +131,9 @@ def rename(
     moved = put_state(state, origin, target, over, base, name, writer)
     try:
         return bury(origin, heads, state.version, writer, same_commit=True), moved
-    except (Busy, DatabaseNotFound):
+    except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
+        return heads.latest or state.version, moved
+    except Busy:
         _put_back(target, over, base, moved, writer)
         raise
 
