@@ -356,7 +356,7 @@ def test_a_dropped_table_comes_back(place: Place) -> None:
         assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
         return ended.stdout
 
-    connection = connect(place)
+    connection = connect(place, refresh_s=0.0)
     connection.execute("CREATE TABLE t(a); CREATE TABLE big(b)")
     connection.execute("INSERT INTO big VALUES (randomblob(2000000))")
     connection.execute("INSERT INTO t VALUES ('precious')")
@@ -367,7 +367,7 @@ def test_a_dropped_table_comes_back(place: Place) -> None:
     for to in (str(seq), "before"):
         done("restore", database, "--to", to)
         again = connect(place, refresh_s=0.0)
-        assert rows(again) == [("precious",)]
+        assert rows(again) == rows(connection) == [("precious",)], "also for who has it open"
         again.execute("DROP TABLE t")
         again.close()
     done("restore", database, "--to", str(seq), "--as", f"{place.target}/b.sqlite")
