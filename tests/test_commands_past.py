@@ -160,6 +160,14 @@ def test_a_named_snapshot_outlives_the_retention_until_it_is_let_go(scene: Scene
     assert shows(scene, 2)
 
 
+def test_named_snapshots_are_not_lost_by_a_rename(scene: Scene, capsys: Any) -> None:
+    assert run(capsys, "snapshot", "create", "bucket/a.db", "monday") == (0, "")
+    code, shown = run(capsys, "mv", "bucket/a.db", "bucket/b.db")
+    assert (code, "has snapshots, which would be lost" in shown) == (2, True)
+    assert run(capsys, "mv", "bucket/a.db", "bucket/b.db", "--force") == (0, "")
+    assert same(scene.world.content("b.db"), state(1))
+
+
 def test_labels(scene: Scene, capsys: Any) -> None:
     assert run(capsys, "snapshot", "create", "bucket/a.db", "v1.0_final-2") == (0, "")
     code, shown = run(capsys, "snapshot", "create", "bucket/a.db", "v1.0_final-2")
