@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +350,19 @@ def test_an_export_that_is_killed_leaves_no_target(place: Place, proxy: FaultPro
     assert not target.exists()
     done = command(place, "export", f"{place.target}/a.db", str(target), "--endpoint-url", place.url)
     assert done.returncode == 0 and target.read_bytes()[:16] == b"SQLite format 3\0"
+
+
+@pytest.mark.s3
+def test_a_bar_is_for_terminals(place: Place, tmp_path: Path) -> None:
+    make(tmp_path / "a").close()
+    terminal, theirs = os.openpty()
+    line = [sys.executable, "-m", "s3blockfs", "import", str(tmp_path / "a"), f"{place.target}/a.db"]
+    process = subprocess.Popen([*line, "--endpoint-url", place.url], env=place.environment, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # EIO: nobody has the other end any more
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert process.wait(PATIENCE_S) == 0
+    assert b"[####" in shown and b"100%" in shown
