@@ -9,7 +9,6 @@ from typing import Any
 
 import apsw
 
-from s3blockfs import header
 from s3blockfs.database import Database
 from s3blockfs.errors import Busy, UsageError
 
@@ -22,10 +21,7 @@ STEP_PAGES = 256
 
 def back_up(file: str, database: Database, report: Callable[[int, int], None]) -> None:
     """Make it the uncommitted state of `database`, which is empty. `report` hears of pages (done, in all).
-    Raises UsageError, Busy, OSError, and what writing raises."""
-    with Path(file).open("rb") as opened:  # SQLite takes an empty file for a database
-        if not header.is_database(opened.read(header.HEADER_BYTES)):
-            raise UsageError(f"{file}: no SQLite database")
+    Raises UsageError, Busy, and what writing raises."""
     sink = _Sink(database)
     try:
         # Not read-only, or a hot journal could not be rolled back. Closing must not run a checkpoint, though.

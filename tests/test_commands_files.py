@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def test_bytes_from_stdin(scene: Scene, capsys: Any, monkeypatch: pytest.MonkeyP
     for wrong in (data[:-4096], data[:50], b"", b"text\n" * 100_000):
         for arguments in (("bucket/a.db", "--force"), ("bucket/b.db",)):
             code, shown = give(wrong, *arguments)
-            assert (code, "no SQLite database, or not all of it" in shown) == (2, True)
+            assert (code, shown.startswith("s3blockfs: -: "), "nothing was imported" in shown) == (2, True, True)
     assert scene.published(1)
     assert [name for name, _ in scene.world.machine().listing("")] == ["a.db", "new.db"]
     assert give(data, "bucket/b.db")[0] == 0, "a name can be used after a failure"
@@ -350,3 +350,19 @@ def test_an_export_that_is_killed_leaves_no_target(place: Place, proxy: FaultPro
     assert not target.exists()
     done = command(place, "export", f"{place.target}/a.db", str(target), "--endpoint-url", place.url)
     assert done.returncode == 0 and target.read_bytes()[:16] == b"SQLite format 3\0"
+
+
+@pytest.mark.s3
+def test_a_bar_is_for_terminals(place: Place, tmp_path: Path) -> None:
+    make(tmp_path / "a").close()
+    terminal, theirs = os.openpty()
+    line = [sys.executable, "-m", "s3blockfs", "import", str(tmp_path / "a"), f"{place.target}/a.db"]
+    process = subprocess.Popen([*line, "--endpoint-url", place.url], env=place.environment, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # EIO: nobody has the other end any more
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert process.wait(PATIENCE_S) == 0
+    assert b"[####" in shown and b"100%" in shown

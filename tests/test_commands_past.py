@@ -160,6 +160,14 @@ def test_a_named_snapshot_outlives_the_retention_until_it_is_let_go(scene: Scene
     assert shows(scene, 2)
 
 
+def test_named_snapshots_are_not_lost_by_a_rename(scene: Scene, capsys: Any) -> None:
+    assert run(capsys, "snapshot", "create", "bucket/a.db", "monday") == (0, "")
+    code, shown = run(capsys, "mv", "bucket/a.db", "bucket/b.db")
+    assert (code, "has snapshots, which would be lost" in shown) == (2, True)
+    assert run(capsys, "mv", "bucket/a.db", "bucket/b.db", "--force") == (0, "")
+    assert same(scene.world.content("b.db"), state(1))
+
+
 def test_labels(scene: Scene, capsys: Any) -> None:
     assert run(capsys, "snapshot", "create", "bucket/a.db", "v1.0_final-2") == (0, "")
     code, shown = run(capsys, "snapshot", "create", "bucket/a.db", "v1.0_final-2")
@@ -356,7 +364,7 @@ def test_a_dropped_table_comes_back(place: Place) -> None:
         assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
         return ended.stdout
 
-    connection = connect(place)
+    connection = connect(place, refresh_s=0.0)
     connection.execute("CREATE TABLE t(a); CREATE TABLE big(b)")
     connection.execute("INSERT INTO big VALUES (randomblob(2000000))")
     connection.execute("INSERT INTO t VALUES ('precious')")
@@ -367,7 +375,7 @@ def test_a_dropped_table_comes_back(place: Place) -> None:
     for to in (str(seq), "before"):
         done("restore", database, "--to", to)
         again = connect(place, refresh_s=0.0)
-        assert rows(again) == [("precious",)]
+        assert rows(again) == rows(connection) == [("precious",)], "also for who has it open"
         again.execute("DROP TABLE t")
         again.close()
     done("restore", database, "--to", str(seq), "--as", f"{place.target}/b.sqlite")

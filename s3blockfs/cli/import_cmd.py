@@ -1,14 +1,11 @@
 """`s3blockfs import FILE BUCKET/NAME`."""
 
-from __future__ import annotations
-
 import hashlib
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing, suppress
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -16,11 +13,6 @@ from s3blockfs import header
 from s3blockfs.cli import options
 from s3blockfs.config import MIB
 from s3blockfs.errors import DamagedObject, DatabaseExists, S3BlockFSError, UsageError
-
-if TYPE_CHECKING:
-    from s3blockfs.database import Database
-
-Report = Callable[[int, int | None], None]
 
 
 @options.command("import", short_help="make a SQLite file a database in a bucket")
@@ -30,13 +22,20 @@ Report = Callable[[int, int | None], None]
 def run(file: str, database: options.Target, force: bool) -> None:
     """Store a SQLite database by one commit, and verify what was stored. FILE may be in use: its newest committed state
     is taken, and its writers wait meanwhile (in WAL mode they need not). From stdin come the bytes of such a file."""
-    with options.opened(database) as (catalog, store, runtime), options.progress(f"{file} ->") as report:
+    with (
+        click.open_file(file, "rb") as stream,
+        options.opened(database) as (catalog, store, runtime),
+        options.progress(f"{file} ->") as report,
+    ):
         from s3blockfs.backup import back_up
         from s3blockfs.catalog import Catalog
         from s3blockfs.snapshot import Snapshot
         from s3blockfs.transfer import bury
 
         config, name = options.settings().config, database.name
+        first = stream.read(MIB)
+        if not header.is_database(first):
+            raise UsageError(f"{file}: no SQLite database; nothing was imported")
         catalog.require_writable()
         exists = catalog.lookup(name) is not None
         if exists and not force:
@@ -48,8 +47,11 @@ def run(file: str, database: options.Target, force: bool) -> None:
             if file != "-" and Path(file).is_file():
                 back_up(file, held, report)
             else:
-                with sys.stdin.buffer if file == "-" else Path(file).open("rb") as stream:
-                    _read(file, stream, held, report)
+                for piece in chain([first], iter(lambda: stream.read(MIB), b"")):
+                    held.write(held.size, piece)
+                    report(held.size, None)
+                if held.size < (header.file_size(first) or 0):
+                    raise UsageError(f"{file}: ends before the database does; nothing was imported")
             expected = _hash(held.read(at, MIB) for at in range(0, held.size, MIB))
             held.close_handle(os.getpid())
         except BaseException:
@@ -73,14 +75,3 @@ def _hash(pieces: Iterable[bytes]) -> bytes:
         total.update(header.without_counter(at, piece))
         at += len(piece)
     return total.digest()
-
-
-def _read(file: str, stream: BinaryIO, held: Database, report: Report) -> None:
-    for piece in iter(lambda: stream.read(MIB), b""):
-        if held.size == 0 and not header.is_database(piece):
-            break
-        held.write(held.size, piece)
-        report(held.size, None)
-    promised = header.file_size(held.read(0, header.HEADER_BYTES))
-    if held.size < max(promised or 0, header.HEADER_BYTES):
-        raise UsageError(f"{file}: no SQLite database, or not all of it; nothing was imported")
