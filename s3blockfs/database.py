@@ -85,7 +85,8 @@ class Database(State):
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
-            if header.sets_wal(offset, data) and self.locks.writers():  # PRAGMA journal_mode=WAL, in its transaction
+            committed = self._view.snapshot.read(0, header.HEADER_BYTES) if header.sets_wal(offset, data) else b""
+            if self.locks.writers() and header.switches_to_wal(offset, data, committed):
                 raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
             if self._takes_writes(owners):
                 self._convert()

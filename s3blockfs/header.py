@@ -50,8 +50,14 @@ def without_counter(offset: int, data: bytes) -> bytes:
 
 
 def sets_wal(offset: int, data: bytes) -> bool:
-    """Whether a write of `data` at `offset` switches the file to WAL."""
+    """Whether `data` at `offset` says that the file is in WAL mode."""
     return WAL_VERSION in data[max(0, VERSIONS_AT - offset) : max(0, VERSIONS_AT + 2 - offset)]
+
+
+def switches_to_wal(offset: int, data: bytes, before: bytes) -> bool:
+    """Whether a write over a committed header is `PRAGMA journal_mode=WAL`. The backup API (also `.restore`) of a
+    database in WAL mode changes the schema cookie (bytes 40..43), too."""
+    return sets_wal(offset, data) and (offset > 0 or data[40:44] == before[40:44].ljust(4, b"\0"))
 
 
 def in_rollback_mode(offset: int, data: bytes) -> bytes:

@@ -95,6 +95,8 @@ def test_wal_databases_are_recognised_and_shown_in_rollback_mode(tmp_path: Path)
     wal = database(tmp_path / "wal.db", "PRAGMA journal_mode=WAL", "CREATE TABLE t (x)")
     assert header.sets_wal(0, wal) and header.sets_wal(18, wal[18:20]) and header.sets_wal(19, wal[19:20])
     assert not header.sets_wal(0, plain) and not header.sets_wal(0, wal[:18])
+    assert header.switches_to_wal(0, wal, wal) and header.switches_to_wal(18, wal[18:20], wal)
+    assert not header.switches_to_wal(0, wal, b"") and not header.switches_to_wal(0, plain, plain)
     shown = header.in_rollback_mode(0, wal)
     assert shown == wal[:18] + b"\1\1" + wal[20:]
     path = tmp_path / "shown.db"

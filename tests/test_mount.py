@@ -395,7 +395,7 @@ def test_a_wal_database_that_was_copied_in_opens_in_rollback_mode(place: Place, 
         assert shell("cp", source, mount / "a.db").returncode == 0
         for left, shown in ((256, mount), (255, other)):
             assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"delete\n{left}"
-            sqlite(shown / "a.db", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
+            sqlite(shown / "a.db", ".timeout 60000", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
         assert sqlite(mount / "a.db", "SELECT count(*) FROM t; PRAGMA integrity_check") == "254\nok"
 
 
