@@ -48,10 +48,17 @@ class BlockCache:
         runs, waiting, found = self._claim(prefix, addresses)
         metrics.CACHE_HITS.inc(len(found))
         metrics.CACHE_MISSES.inc(len(waiting))
-        for run in runs[1:]:
-            self._start(prefix, run)
-        for run in runs[:1]:
-            self._fetch_run(prefix, run)
+        try:
+            for run in runs[1:]:
+                self._start(prefix, run)
+            for run in runs[:1]:
+                self._fetch_run(prefix, run)
+        except BaseException:  # Ctrl-C, say: others would wait for these frames for as long as the process lives
+            with self._lock:
+                left = [self._inflight.pop((prefix, address.ref, address.pos), None) for run in runs for address in run]
+            for future in filter(None, left):
+                future.set_exception(StoreUnavailable(f"{self._store.name}/{prefix}: interrupted; read again"))
+            raise
         for address, future in waiting.items():
             try:
                 found[address] = future.result(timeout=self._patience_s)

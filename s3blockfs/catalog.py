@@ -158,9 +158,11 @@ class Catalog(Names):
     def rename(self, old: str, new: str, overwrite: bool = True) -> None:
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
         DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
-        (EISDIR, ENOTDIR, ENOTEMPTY)."""
+        (EISDIR, ENOTDIR, ENOTEMPTY, EINVAL)."""
         entry = self.lookup(old)
         if entry is not None and entry.is_folder:
+            if f"{new}/".startswith(f"{old}/"):
+                raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")
             if self.lookup(new) is not None:
                 self.remove_folder(new)
             self.make_folder(new)

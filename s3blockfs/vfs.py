@@ -218,6 +218,8 @@ class S3VFS(apsw.VFS):
     def xDelete(self, filename: str, syncdir: bool) -> None:
         """Of a journal or super-journal: SQLite's commit point. Of a database: its end."""
         if not is_side_file(filename):
+            if not self.xAccess(filename, apsw.SQLITE_ACCESS_EXISTS):  # `remove` knows `acme` as `acme.sqlite`, too
+                raise errors.DatabaseNotFound(f"{filename}: no such database")
             return self.catalog.remove(_prefix(filename))
         side, owner = self.catalog.side_files.get(filename), _owner(filename)
         if owner is not None:  # also without a journal, when PRAGMA journal_mode clears up: then nothing is dirty

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+import apsw
 import pytest
-from engine import Call, InlineRuntime, Process, World
+from engine import Call, InlineRuntime, Process, World, shrink_limits
 from scenes import PAGE, state, without_counters
 from swaps import applied_in_doubt, commit_mine, fates, followed_by
 from test_lease import Writer
 
+from s3blockfs import vfs
 from s3blockfs.catalog import Catalog
 from s3blockfs.errors import Busy, CommitLost, S3BlockFSError
 from s3blockfs.prefetch import Readahead
@@ -304,3 +306,39 @@ def test_a_signal_while_the_thread_of_a_commit_starts(
             file.commit_point(publish)
         assert not started.wait(0.1)
     machine.release(file.database)
+
+
+def test_an_interrupted_read_keeps_no_frame_from_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claimed and never fetched, these bytes could not be read for as long as the process lives."""
+    shrink_limits(monkeypatch)
+    content = state(1, 64)
+    fill(world.machine(faulty=False, block_size=4096), "a.db", content)
+    machine = world.machine()
+    database = machine.connection("a.db", "a.db#1", create=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world.runtime, "submit", fail_with(KeyboardInterrupt()))
+        database.read(0, database.size)
+    monkeypatch.setattr(machine._cache, "_patience_s", 0.1)
+    assert database.read(0, database.size) == content
+    machine.release(database)
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_not_moved_into_itself(world: World) -> None:
+    machine = world.machine()
+    fill(machine, "x/a.db", state(1))
+    with pytest.raises(OSError, match="into itself"):
+        machine.rename("x", "x/y")
+    assert [name for name, _ in machine.listing("x")] == ["a.db"]
+
+
+def test_deleting_by_key_prefix_takes_no_other_name(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount shows `acme` as `acme.sqlite`; in process names are key prefixes as they are."""
+    machine = world.machine()
+    machine.release(machine.connection("acme", "acme#1", create=True))
+    monkeypatch.setattr(vfs, "_engine", lambda *_: machine)
+    with pytest.raises(apsw.Error):
+        vfs.S3VFS("bucket").xDelete("acme.sqlite", False)
+    assert machine.lookup("acme") is not None
