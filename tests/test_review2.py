@@ -342,3 +342,16 @@ def test_deleting_by_key_prefix_takes_no_other_name(world: World, monkeypatch: p
     with pytest.raises(apsw.Error):
         vfs.S3VFS("bucket").xDelete("acme.sqlite", False)
     assert machine.lookup("acme") is not None
+
+
+def test_a_head_that_was_read_for_somebody_else_is_as_old_as_it_is(world: World) -> None:
+    """The refresh interval counts from the look at the store, not from the opening by what it had found."""
+    machine, other = world.machine(refresh_s=1.0), world.machine(faulty=False)
+    fill(other, "a.db", state(1))
+    machine.release(machine.connection("a.db", "a.db#1", create=False))
+    world.runtime.sleep(0.9)
+    database = machine.connection("a.db", "a.db#2", create=False)
+    fill(other, "a.db", state(2))
+    world.runtime.sleep(0.9)
+    Process(machine, database, 1).shared()
+    assert without_counters(database.read(0, database.size)) == without_counters(state(2))
