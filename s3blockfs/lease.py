@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 LINGER_S = 0.5
 TENURE_S = 2.0
 
-#: How long to stand back after such a tenure, at most, if others wanted to write during the last minute.
+#: How long to stand back after such a tenure, at most: who waits leaves no trace in the head, and looks once in POLL_S.
 REST_S = 0.3
+
+#: For how long after meeting another writer a head is looked at before the lease is taken.
 CONTENDED_S = 60.0
 
 #: A lease of somebody else is looked at no more often than this, however often SQLite's busy handler asks.
@@ -59,6 +61,8 @@ class Lease:
         self._lock = threading.Lock()
         self._user: Hashable | None = None
         self._held = False
+        self._burst = False  # a write lock was given up since the lease was taken
+        self._session = False  # a commit happened under the write lock that is held: locking_mode=EXCLUSIVE
         self._taken_s = self._renewed_s = self._idle_s = 0.0
         self._foreign = ("", 0.0)  # the nonce of somebody's lease, and when it was first seen
         self._contended_s = self._ask_again_s = self._rest_until_s = -math.inf
@@ -92,18 +96,22 @@ class Lease:
         """The write lock of `user` is gone."""
         if self._user == user:
             self._user, self._idle_s = None, self._runtime.monotonic()
+            self._burst, self._session = True, False
 
     def kept(self, current: codec.Lease | None) -> codec.Lease | None:
-        """What a commit writes in the place of `current`, the lease in the head that it replaces."""
-        if not self._is_own(current):
-            return current
-        return None if self._runtime.monotonic() - self._taken_s > TENURE_S else self._new()
+        """What a commit writes in the place of `current`, the lease in the head that it replaces. Given back in a burst
+        of transactions only: a session with one write lock for all of them must keep others out till its end."""
+        if self._is_own(current) or (current is None and self._session and self._lease_s):
+            over = self._burst and not self._session and self._runtime.monotonic() - self._taken_s > TENURE_S
+            return None if over else self._new()
+        return current
 
     def committed(self, head: Head) -> None:
         """A commit of this process applied; `head` is the newest one."""
         now = self._runtime.monotonic()
         was_held, self._held, self._renewed_s = self._held, self._is_own(head.lease), now
-        if was_held and not self._held and now - self._contended_s < CONTENDED_S:
+        self._session = self._user is not None
+        if was_held and not self._held:
             self._rest_until_s = now + self._runtime.uniform(REST_S / 2, REST_S)
 
     def tick(self) -> None:
@@ -130,7 +138,7 @@ class Lease:
             check(self.heads.read_if_changed(base).head)
         if self._lease_s:
             self._swap(base, check, self._new)
-            self._held, self._taken_s = True, self._renewed_s
+            self._held, self._burst, self._taken_s = True, False, self._renewed_s
 
     def _give_back_or_renew(self) -> None:
         with self._lock:

@@ -150,6 +150,44 @@ def test_after_a_long_tenure_others_get_in(world: World, pair: tuple[Writer, Wri
     assert world.runtime.monotonic() - before <= REST_S
 
 
+def test_a_holder_rests_though_it_never_met_anybody(world: World, pair: tuple[Writer, Writer]) -> None:
+    """Who waits leaves no trace in the head, so the holder cannot know of them."""
+    first, _ = pair
+    first.write(2)
+    number = 3
+    while lease_in_head(world) is not None:
+        world.runtime.sleep(LINGER_S - 0.1)
+        first.write(number)
+        number += 1
+    before = world.runtime.monotonic()
+    first.write(number)
+    assert REST_S / 2 <= world.runtime.monotonic() - before <= REST_S
+
+
+@pytest.mark.parametrize("after_a_burst", [False, True])
+def test_an_exclusive_session_keeps_its_lease(world: World, pair: tuple[Writer, Writer], after_a_burst: bool) -> None:
+    """locking_mode=EXCLUSIVE: one write lock, many commits, so others are kept out for as long as it takes."""
+    first, second = pair
+    number = 2
+    while after_a_burst and number < 7:
+        first.write(number)
+        number += 1
+        world.runtime.sleep(TENURE_S / 5)
+    first.begin()
+    world.runtime.sleep(0.1)  # so this is just after a tenure
+    for turn in range(12):
+        first.database.write(0, state(number + turn))
+        first.process.finalise()
+        first.process.write_journal()
+        # The tail of a burst looks like one more transaction of it; the next commit takes the lease back.
+        assert (lease_in_head(world) is None) == (after_a_burst and turn == 0)
+        if turn > 0:
+            with pytest.raises(Busy):
+                second.begin()
+        world.runtime.sleep(TENURE_S / 4)
+        first.machine.tick()
+
+
 def test_a_stale_reader_cannot_start_to_write(world: World, pair: tuple[Writer, Writer]) -> None:
     first, second = pair
     first.process.shared()
@@ -208,9 +246,11 @@ def test_lease_0_takes_none(world: World) -> None:
     database = plain.open("a.db")
     process = Process(plain, database, 5)
     process.begin()
-    database.write(0, state(4))
-    process.commit()
-    assert lease_in_head(world) is None
+    for number in (4, 5):  # two commits under one write lock
+        database.write(0, state(number))
+        process.finalise()
+        process.write_journal()
+        assert lease_in_head(world) is None
 
 
 def test_closing_gives_the_lease_back(world: World, pair: tuple[Writer, Writer]) -> None:
