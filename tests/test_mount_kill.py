@@ -98,7 +98,7 @@ def test_nothing_acknowledged_is_lost(place: Place, tmp_path: Path, capsys: pyte
     last = kept = 0
     root = None
     for _ in range(ROUNDS):
-        with mounted(place, tmp_path, root=root) as mount:
+        with mounted(place, tmp_path, "--lease", "1", root=root) as mount:
             root = mount.directory.parent
             if last == 0:
                 sqlite(
@@ -108,7 +108,7 @@ def test_nothing_acknowledged_is_lost(place: Place, tmp_path: Path, capsys: pyte
             latest = check(mount, last)
             kept += latest - last
             last = commit_until_killed(mount, latest + 1, moments.uniform(0, 0.3))[-1]
-    with mounted(place, tmp_path, root=root) as mount:
+    with mounted(place, tmp_path, "--lease", "1", root=root) as mount:
         latest = check(mount, last)
         kept += latest - last
     assert latest > 2 * ROUNDS

@@ -17,12 +17,21 @@ WAIT_S = 30
 """Far more than anything here takes; reached only by a bug."""
 
 
+_others: set[threading.Thread] = set()
+"""Of engines that earlier tests of the in-process face used."""
+
+
+@pytest.fixture(autouse=True)
+def remember_others() -> None:
+    _others.update(threading.enumerate())
+
+
 def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("s3blockfs")}
+    return {each.name for each in threading.enumerate() if each.name.startswith("s3blockfs") and each not in _others}
 
 
 @pytest.fixture
-def runtime() -> Iterator[Runtime]:
+def runtime(remember_others: None) -> Iterator[Runtime]:
     real = Runtime()
     yield real
     real.close()
