@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import logging
 import re
-import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -121,7 +120,6 @@ class LegacySnapshot(Snapshot):
         self._source, self._blocks, self._end = source, blocks, blocks.solid
         self.listed = blocks.rows, leftover.rows
         self._over = Dirty(spill_folder(config.spill_dir), config.block_size, 0)
-        weakref.finalize(self, self._over.close)
         size = _roll_back(source.store, leftover, self._over)
         size = blocks.total if size is None else size
         if size > blocks.solid:
