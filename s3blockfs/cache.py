@@ -113,10 +113,8 @@ class BlockCache:
         failure: BaseException | None = None
         try:
             body = memoryview(self._store.get(key, site="block", start=start, length=run[-1].end - start).body)
-        except ObjectNotFound:
-            failure = DamagedObject(f"{name}: missing")
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
-            failure = error
+            failure = DamagedObject(f"{name}: missing") if isinstance(error, ObjectNotFound) else error
         for address in run:
             try:
                 result = failure or decode_frame(body[address.pos - start : address.end - start], address, name)
@@ -125,9 +123,8 @@ class BlockCache:
             if isinstance(result, bytes):
                 self.put(prefix, address, result)
             with self._lock:
-                future = self._inflight.pop((prefix, address.ref, address.pos), None)
-            if future is None:
-                continue  # a pool that raised in `submit` ran it all the same
+                # It is gone when a pool that raised in `submit` ran this all the same.
+                future = self._inflight.pop((prefix, address.ref, address.pos), Future())
             if isinstance(result, bytes):
                 future.set_result(result)
             else:

@@ -1,8 +1,6 @@
 """Is everything there that a database and its past need, whole, and can every byte of it be read? Changes nothing."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from functools import partial
 from itertools import chain
 
@@ -12,6 +10,7 @@ from s3blockfs.format.data import OBJECT_BYTES, decode_object
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.head import HeadFile
 from s3blockfs.history import roots
+from s3blockfs.runtime import in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 
 #: Whole objects in memory at a time.
@@ -41,13 +40,11 @@ def _of_objects(source: Source, version: Version, report: Progress) -> Iterator[
             refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
     except (DamagedObject, NewerFormat) as error:
         yield str(error)
-    running: deque[Future[str | None]] = deque()
-    for done, ref in enumerate(chain(refs, [None] * AT_A_TIME)):
-        if len(running) == AT_A_TIME and (finding := running.popleft().result()):
+    looks = in_flight(source.runtime, AT_A_TIME, (partial(_of_object, source, ref) for ref in refs))
+    for done, finding in enumerate(looks):
+        report(done, len(refs))
+        if finding:
             yield finding
-        if ref is not None:
-            running.append(source.runtime.submit(partial(_of_object, source, ref)))
-        report(done, len(refs) + AT_A_TIME)
 
 
 def _of_object(source: Source, ref: ObjectRef) -> str | None:

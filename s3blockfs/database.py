@@ -204,8 +204,7 @@ class Database(State):
         dirty = self._view.dirty
         if not self._journal_images_committed or dirty.size != self._view.snapshot.head.size or dirty.cut < dirty.size:
             return False
-        ranges = list(dirty.ranges(0, dirty.size))
-        return restores_committed(journal.read, journal.size, ranges, lambda low, length: dirty.read(low, low + length))
+        return restores_committed(journal.read, journal.size, dirty.ranges, dirty.read)
 
     def _shrink_to_header(self, pid: int) -> None:
         """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""

@@ -9,7 +9,8 @@ at or below `size`; bytes of the spill file outside the ranges are never read.
 
 import os
 import tempfile
-from typing import IO
+import weakref
+from collections.abc import Iterable
 
 Range = tuple[int, int]
 
@@ -19,12 +20,49 @@ def spill_folder(configured: str | None) -> str:
     return configured or os.environ.get("TMPDIR") or "/var/tmp"
 
 
+def union(ranges: Iterable[Range]) -> list[Range]:
+    """Sorted, those that touch joined."""
+    result: list[Range] = []
+    for low, high in sorted(ranges):
+        if result and low <= result[-1][1]:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
+        else:
+            result.append((low, high))
+    return result
+
+
+class UnlinkedFile:
+    """A temporary file without a name; it lives as long as somebody refers to it."""
+
+    def __init__(self, folder: str) -> None:
+        file = tempfile.TemporaryFile(dir=folder, prefix="s3blockfs-", buffering=0)  # noqa: SIM115
+        weakref.finalize(self, file.close).atexit = False  # connections that are open at exit still roll back
+        self._descriptor = file.fileno()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes at the end of the file."""
+        data = b""
+        while part := os.pread(self._descriptor, length - len(data), offset + len(data)):
+            data += part
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Raises OSError (ENOSPC) when the folder is full."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            offset, view = offset + written, view[written:]
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._descriptor, size)
+
+
 class Dirty:
     """Relative to a committed state of `committed_size` bytes, of which those from `cut` on are gone."""
 
     def __init__(self, folder: str, block_size: int, committed_size: int) -> None:
         self._folder = folder
-        self._file: IO[bytes] | None = None
+        self._file: UnlinkedFile | None = None
         self._blocks: dict[int, list[Range]] = {}
         self._block_size = block_size
         self._committed_size = committed_size
@@ -44,20 +82,19 @@ class Dirty:
         """Raises OSError (ENOSPC) when the spill folder is full; nothing is recorded then."""
         if not data:
             return
-        file = self._open()
-        view = memoryview(data)
-        done, end = 0, offset + len(data)
-        while done < len(view):
-            done += os.pwrite(file, view[done:], offset + done)
-        for block in range(offset // self._block_size, -(-end // self._block_size)):
-            self._add(block, max(offset, block * self._block_size), min(end, (block + 1) * self._block_size))
+        self._file = self._file or UnlinkedFile(self._folder)
+        self._file.write(offset, data)
+        size, end = self._block_size, offset + len(data)
+        for block in range(offset // size, -(-end // size)):
+            new = (max(offset, block * size), min(end, (block + 1) * size))
+            self._blocks[block] = union([*self._blocks.get(block, ()), new])
         self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:
         """Raises OSError; nothing has changed then."""
         if size < self.size:
             if self._file is not None:
-                os.ftruncate(self._file.fileno(), size)
+                self._file.truncate(size)
             for block in [b for b in self._blocks if (b + 1) * self._block_size > size]:
                 kept = [(low, min(high, size)) for low, high in self._blocks.pop(block) if low < size]
                 if kept:
@@ -67,25 +104,13 @@ class Dirty:
 
     def ranges(self, start: int, end: int) -> list[Range]:
         """The dirty ranges inside start..end, in order, neighbours joined across blocks."""
-        result: list[Range] = []
-        for block in self._touched(start, end):
-            for low, high in self._blocks[block]:
-                low, high = max(low, start), min(high, end)
-                if result and result[-1][1] == low < high:
-                    result[-1] = (result[-1][0], high)
-                elif low < high:
-                    result.append((low, high))
-        return result
+        rows = (row for block in self._touched(start, end) for row in self._blocks[block])
+        return union((max(low, start), min(high, end)) for low, high in rows if low < end and high > start)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of one dirty range (or of several with what lies between them undefined)."""
-        data = b""
-        while len(data) < end - start:
-            part = os.pread(self._open(), end - start - len(data), start + len(data))
-            if not part:
-                return data + bytes(end - start - len(data))  # behind the last write: a hole
-            data += part
-        return data
+        data = self._file.read(start, end - start) if self._file is not None else b""
+        return data.ljust(end - start, b"\0")  # behind the last write: a hole
 
     def block(self, number: int) -> bytes:
         """One that is full."""
@@ -97,32 +122,14 @@ class Dirty:
         low = block * self._block_size
         return self._blocks.get(block) == [(low, min(low + self._block_size, self.size))]
 
-    def is_whole(self, block: int) -> bool:
-        """Whether the block is dirty over its full length."""
-        low = block * self._block_size
-        return self._blocks.get(block) == [(low, low + self._block_size)]
-
     def blocks(self) -> list[int]:
         return sorted(self._blocks)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> int:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="s3blockfs-spill-", buffering=0)  # noqa: SIM115
-        return self._file.fileno()
+        self._file = None
 
     def _touched(self, start: int, end: int) -> list[int]:
         first, last = start // self._block_size, -(-end // self._block_size)
         if last - first < len(self._blocks):
             return [block for block in range(first, last) if block in self._blocks]
         return sorted(block for block in self._blocks if first <= block < last)
-
-    def _add(self, block: int, low: int, high: int) -> None:
-        rows = self._blocks.get(block, [])
-        apart = [row for row in rows if row[1] < low or row[0] > high]
-        touching = [row for row in rows if row[1] >= low and row[0] <= high] + [(low, high)]
-        self._blocks[block] = sorted([*apart, (min(touching)[0], max(row[1] for row in touching))])

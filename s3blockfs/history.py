@@ -15,16 +15,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar, cast
 
+from s3blockfs import errors
 from s3blockfs.blockmap import NO_END, BlockMap
-from s3blockfs.errors import (
-    Busy,
-    DamagedObject,
-    DatabaseExists,
-    DatabaseNotFound,
-    ObjectNotFound,
-    S3BlockFSError,
-    TooOld,
-)
 from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
 from s3blockfs.format.head import Head, NamedSnapshot
@@ -44,9 +36,9 @@ def roots(source: Source, head: Head) -> Iterator[Version]:
         if key in pinned or head.floor < rev < head.rev:
             try:
                 root = archived(source, key)
-            except ObjectNotFound:
+            except errors.ObjectNotFound:
                 if key in pinned:
-                    raise DamagedObject(f"{source.name_of(key)}: missing") from None
+                    raise errors.DamagedObject(f"{source.name_of(key)}: missing") from None
                 continue  # a collector with a higher floor was here: it is no root any more
             yield root
 
@@ -66,9 +58,11 @@ def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:
     def make(head: Head) -> Head:
         others = tuple(named for named in head.snapshots if named.archive != key)
         if label in [named.label for named in others]:
-            raise DatabaseExists(f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another label")
+            raise errors.DatabaseExists(
+                f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another label"
+            )
         if version.head.rev <= head.floor:
-            raise Busy(f"{source.name_of(source.prefix)}: took longer than the retention; try again")
+            raise errors.Busy(f"{source.name_of(source.prefix)}: took longer than the retention; try again")
         return replace(head, snapshots=(*others, NamedSnapshot(label, key)))
 
     heads.swap(version, make)
@@ -77,7 +71,7 @@ def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:
 def forget(source: Source, heads: HeadFile, version: Version, label: str) -> None:
     """Let a named snapshot go, after the retention. Raises DatabaseNotFound, and what a swap raises."""
     if label not in [named.label for named in version.head.snapshots]:
-        raise DatabaseNotFound(f"{source.name_of(source.prefix)}: no snapshot {label!r}")
+        raise errors.DatabaseNotFound(f"{source.name_of(source.prefix)}: no snapshot {label!r}")
     heads.swap(version, lambda head: replace(head, snapshots=tuple(n for n in head.snapshots if n.label != label)))
 
 
@@ -99,13 +93,15 @@ def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
         if isinstance(which, str):
             keys = {snapshot.label: snapshot.archive for snapshot in version.head.snapshots}
             if rev_of(source.prefix, keys.get(which, "")) is None:
-                raise DatabaseNotFound(f"{label}: no snapshot {which!r}")
+                raise errors.DatabaseNotFound(f"{label}: no snapshot {which!r}")
             return Snapshot.load(source, archived(source, keys[which]))
         for root, found_there in _timeline(source, version, which):
             if any(commit.seq == which for commit in found_there):
                 return Snapshot.load(source, root, at=which)
-            raise TooOld(f"{label}: commit {which} is not kept any more; `s3blockfs history` lists those that are")
-        raise DatabaseNotFound(f"{label}: no commit {which} yet, the last one is {version.head.seq}")
+            raise errors.TooOld(
+                f"{label}: commit {which} is not kept any more; `s3blockfs history` lists those that are"
+            )
+        raise errors.DatabaseNotFound(f"{label}: no commit {which} yet, the last one is {version.head.seq}")
 
     return _under_one_floor(source, heads, opened)
 
@@ -115,10 +111,10 @@ def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], 
     while True:
         version = heads.read()
         if version is None or version.head.deleted:
-            raise DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
+            raise errors.DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
         try:
             result, failure = look(version), None
-        except S3BlockFSError as error:
+        except errors.S3BlockFSError as error:
             result, failure = None, error
         now = heads.read()
         if now is None or now.head.floor == version.head.floor:

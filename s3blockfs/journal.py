@@ -5,9 +5,9 @@ Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a
 """
 
 import struct
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
+from s3blockfs.dirty import Range, union
 from s3blockfs.header import without_counter
 
 MAGIC = bytes.fromhex("d9d505f920a163d7")
@@ -81,31 +81,17 @@ def checksum(nonce: int, image: bytes) -> int:
     return (nonce + sum(image[len(image) - 200 : 0 : -200])) & 0xFFFFFFFF
 
 
-def restores_committed(read: Reader, size: int, dirty: list[tuple[int, int]], read_dirty: Reader) -> bool:
+def restores_committed(
+    read: Reader, size: int, dirty: Callable[[int, int], list[Range]], read_dirty: Callable[[int, int], bytes]
+) -> bool:
     """Whether every dirty range lies inside page images of this journal and equals them: a play-back just put back what
-    is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew."""
-    rows = _union(dirty)
-    covered: list[tuple[int, int]] = []
+    is committed. The change counter and its twin (bytes 24..27 and 92..95) do not count: the engine sets them anew.
+    `dirty` gives the ranges between two offsets, joined; `read_dirty` the bytes of one."""
+    covered: list[Range] = []
     for low, image in page_images(read, size):
-        high = low + len(image)
-        row = max(0, bisect_right(rows, (low, high)) - 1)
-        while row < len(rows) and rows[row][0] < high:
-            start, end = max(rows[row][0], low), min(rows[row][1], high)
-            row += 1
-            if start < end:
-                was, now = image[start - low : end - low], read_dirty(start, end - start)
-                if without_counter(start, was) != without_counter(start, now):
-                    return False
-                covered.append((start, end))
-    return _union(covered) == rows
-
-
-def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted, those that touch joined."""
-    result: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(end, result[-1][1]))
-        else:
-            result.append((start, end))
-    return result
+        for start, end in dirty(low, low + len(image)):
+            was, now = image[start - low : end - low], read_dirty(start, end)
+            if without_counter(start, was) != without_counter(start, now):
+                return False
+            covered.append((start, end))
+    return union(covered) == dirty(0, 1 << 63)

@@ -19,10 +19,7 @@ import hashlib
 import itertools
 import logging
 import re
-import weakref
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +34,7 @@ from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import ObjectStore
-from s3blockfs.runtime import IO_THREADS
+from s3blockfs.runtime import IO_THREADS, all_of, in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import Uploads, upload_map
 
@@ -56,6 +53,10 @@ ATTEMPTS = 3
 Progress = Callable[[int, int], None]
 
 _BLOCK = re.compile(r"/([0-9]{10})")
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 class _Blocks:
@@ -86,11 +87,7 @@ class _Blocks:
         while at < end:
             cells.append(divmod(at, self.block_size))
             at = min(at + CELL_BYTES, (cells[-1][0] + 1) * self.block_size)
-        futures = [self._source.runtime.submit(partial(self._cell, *cell)) for cell in cells[1:]]
-        parts = [self._cell(*cells[0])]
-        for cell, future in zip(cells[1:], futures, strict=True):
-            # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.
-            parts.append(self._cell(*cell) if future.cancel() else future.result())
+        parts = all_of(self._source.runtime, [partial(self._cell, *cell) for cell in cells])
         return b"".join(parts)[offset - start : end - start]
 
     def _cell(self, block: int, start: int) -> bytes:
@@ -121,7 +118,6 @@ class LegacySnapshot(Snapshot):
         self._source, self._blocks, self._end = source, blocks, blocks.solid
         self.listed = blocks.rows, leftover.rows
         self._over = Dirty(spill_folder(config.spill_dir), config.block_size, 0)
-        weakref.finalize(self, self._over.close)
         size = _roll_back(source.store, leftover, self._over)
         size = blocks.total if size is None else size
         if size > blocks.solid:
@@ -252,11 +248,7 @@ class AnyHead(HeadFile):
         return gone
 
     def convert(
-        self,
-        version: Version,
-        most_bytes: int = CONVERT_BYTES,
-        keep: bool = False,
-        progress: Progress = lambda done, total: None,
+        self, version: Version, most_bytes: int = CONVERT_BYTES, keep: bool = False, progress: Progress = _silent
     ) -> Version:
         """Copy the bytes into block objects, create the head, delete the old keys unless `keep`. No commit: the bytes
         stay as they are. Until there is a head the old store is as it was, and from then on it counts for nothing; so
@@ -300,9 +292,7 @@ class AnyHead(HeadFile):
             log.warning("keys of sqlite-s3vfs are left: %s", error)
 
 
-def export_layout(
-    snapshot: Snapshot, source: Source, block_size: int, progress: Progress = lambda done, total: None
-) -> None:
+def export_layout(snapshot: Snapshot, source: Source, block_size: int, progress: Progress = _silent) -> None:
     """Write a state as that library stores it, under the prefix of `source`, where nothing may be. Block 0 comes last:
     without it nobody takes an interrupted export for a database. Raises UsageError, DatabaseExists, StoreError."""
     if not MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES:
@@ -311,20 +301,18 @@ def export_layout(
         if any(source.store.list(f"{name}/", site="export", max_keys=1)):
             raise errors.DatabaseExists(f"{source.name_of(name)}/: not empty; export to another name, or delete it")
 
-    def put(start: int, block: bytes) -> Future[str]:
-        key = f"{source.prefix}/{start // block_size:010d}"
-        return source.runtime.submit(partial(source.store.put, key, block, site="export"))
-
-    pending: deque[Future[str]] = deque()
     size, step = snapshot.head.size, max(1, OBJECT_BYTES // block_size) * block_size
-    for piece in range(0, size, step):
-        data = snapshot.read(piece, step)
-        for start in range(0 if piece else block_size, len(data), block_size):
-            if len(pending) >= IO_THREADS:
-                pending.popleft().result()
-            pending.append(put(piece + start, data[start : start + block_size]))
-        progress(piece + len(data), size)
-    for future in pending:
-        future.result()
+
+    def put(start: int, block: bytes) -> Callable[[], str]:
+        return partial(source.store.put, f"{source.prefix}/{start // block_size:010d}", block, site="export")
+
+    def puts() -> Iterator[Callable[[], str]]:
+        for piece in range(0, size, step):
+            data = snapshot.read(piece, step)
+            for start in range(0 if piece else block_size, len(data), block_size):
+                yield put(piece + start, data[start : start + block_size])
+            progress(piece + len(data), size)
+
+    list(in_flight(source.runtime, IO_THREADS, puts()))
     if size:
-        put(0, header.in_rollback_mode(0, snapshot.read(0, block_size))).result()
+        put(0, header.in_rollback_mode(0, snapshot.read(0, block_size)))()

@@ -10,7 +10,8 @@ import random
 import sched
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -92,6 +93,27 @@ class Runtime:
             self._ticker.join()
         self._background.shutdown(wait=True, cancel_futures=True)
         self._executor.shutdown(wait=True)
+
+
+def all_of(runtime: Runtime, calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What these calls return: the first is made here, the others on I/O threads."""
+    futures = [runtime.submit(call) for call in calls[1:]]
+    results = [call() for call in calls[:1]]
+    for call, future in zip(calls[1:], futures, strict=True):
+        # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.
+        results.append(call() if future.cancel() else future.result())
+    return results
+
+
+def in_flight(runtime: Runtime, most: int, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What these calls return, in order; so many of them at a time are under way on I/O threads."""
+    running: deque[Future[T]] = deque()
+    for call in calls:
+        if len(running) == most:
+            yield running.popleft().result()
+        running.append(runtime.submit(call))
+    for future in running:
+        yield future.result()
 
 
 def uninterrupted(function: Callable[[], object], interrupts: list[BaseException]) -> None:

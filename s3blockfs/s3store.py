@@ -54,7 +54,6 @@ _NO_CREDENTIALS = (
 )
 
 _DENIED = "access denied; check credentials and policy (without s3:ListBucket, S3 says this for a missing key, too)"
-_BAD_NAME = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou", "InvalidBucketName")
 _BAD_TOKEN = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 #: What a failed attempt is: an exception, and in words what happened and what to do about it. RequestInDoubt and
 #: StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied. The first hit counts
@@ -75,7 +74,8 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.StoreUnavailable, "damaged on its way; check the network", ("BadDigest", "XAmzContentSHA256Mismatch")),
         (errors.RequestInDoubt, "the store failed; try again later", ("408", "409", "429", "2xx", "5xx")),
         (errors.RequestInDoubt, "the store is busy; try again later", ("RequestTimeout", "SlowDown", "Throttling")),
-        (errors.StoreRefused, "refused; choose another bucket name", _BAD_NAME),
+        (errors.StoreRefused, "refused; choose another bucket name", ("BucketAlreadyExists", "InvalidBucketName")),
+        (errors.PreconditionFailed, "exists, and is yours; choose another bucket name", ("BucketAlreadyOwnedByYou",)),
         (errors.StoreRefused, "archived by a lifecycle rule; restore it and remove the rule", ("InvalidObjectState",)),
         (errors.StoreRefused, "not a feature of this store; run `s3blockfs doctor`", ("NotImplemented",)),
         (errors.StoreRefused, "refused; check the region", ("AuthorizationHeaderMalformed",)),
@@ -90,12 +90,13 @@ class S3Store:
     """One bucket.
 
     Credentials, region, endpoint and profile come from the SDK's ordinary chain (environment, files, roles) unless
-    given, or from the client `like`, with its TLS, proxy and addressing settings. `request_deadline_s` bounds a call,
-    its retries included, unless the call brings its own. Raises UsageError when the settings fit together in no way."""
+    given. `bucket` is its name, or a boto3 `Bucket`, whose client's settings then count (those of TLS, proxy and
+    addressing, too). `request_deadline_s` bounds a call, its retries included, unless the call brings its own. Raises
+    UsageError when the settings fit together in no way."""
 
     def __init__(
         self,
-        bucket: str,
+        bucket: Any,
         *,
         runtime: Runtime,
         endpoint_url: str | None = None,
@@ -104,10 +105,10 @@ class S3Store:
         access_key: str | None = None,
         secret_key: str | None = None,
         request_deadline_s: float = 10.0,
-        like: Any = None,
     ) -> None:
-        self.bucket = bucket
-        self.name = f"s3://{bucket}"
+        self.bucket: str = bucket if isinstance(bucket, str) else bucket.name
+        like = None if isinstance(bucket, str) else bucket.meta.client
+        self.name = f"s3://{self.bucket}"
         self._runtime = runtime
         self._deadline_s = request_deadline_s
         self._attempt = threading.local()  # `deadline` and `read_timeout_s` of this thread's call
@@ -142,21 +143,14 @@ class S3Store:
             options = {"endpoint_url": endpoint_url, "config": base.merge(config), "verify": verify, **keys}
             self._client = session.create_client("s3", region, **options)
         except (sdk.BotoCoreError, ValueError) as error:
-            text = (
-                f"{self.name}: cannot set up S3 ({type(error).__name__}); check endpoint URL, region, profile and keys"
-            )
-            raise errors.UsageError(text) from error
+            text = f"cannot be used ({type(error).__name__}); check endpoint URL, region, profile and keys"
+            raise errors.UsageError(f"{self.name}: {text}") from error
         events = self._client.meta.events
         # Each PUT would otherwise wait one round trip for "100 Continue". Undocumented: tests/test_s3store.py looks at
         # the wire, so an SDK that renames it costs a failed test and a round trip, never a failed request.
         events.unregister("before-call.s3", getattr(handlers, "add_expect_header", None))
         events.register("before-call.s3", self._set_read_timeout)
         events.register("response-received.s3", self._note_date)
-
-    @classmethod
-    def from_bucket(cls, bucket: Any, *, runtime: Runtime, request_deadline_s: float = 10.0) -> "S3Store":
-        """The bucket of a boto3 `Bucket`, by a client of our own with the settings of the one that it brings."""
-        return cls(bucket.name, runtime=runtime, request_deadline_s=request_deadline_s, like=bucket.meta.client)
 
     @staticmethod
     def identity(bucket: Any) -> tuple[str | None, ...]:
@@ -268,11 +262,8 @@ class S3Store:
 
     def create_bucket(self) -> None:
         """Create the bucket on a server of our own, which knows no regions; no error when it exists and is ours."""
-        try:
+        with suppress(errors.PreconditionFailed):
             self._call("", "create_bucket", "create_bucket")
-        except errors.StoreRefused as refused:
-            if "BucketAlreadyOwnedByYou" not in str(refused):
-                raise
 
     def bucket_findings(self, prefix: str = "") -> Sequence[str]:
         """What about the bucket's settings would hurt databases under `prefix`, a line each; for `doctor`.

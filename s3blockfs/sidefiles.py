@@ -5,8 +5,8 @@ nothing to play back. Thread rule: any thread."""
 
 import errno
 import os
-import tempfile
-import weakref
+
+from s3blockfs.dirty import UnlinkedFile
 
 #: Files that SQLite puts next to a database: https://sqlite.org/tempfiles.html. `-mjXXXXXXXXX` is a super-journal.
 JOURNAL_SUFFIX = "-journal"
@@ -21,13 +21,11 @@ def is_side_file(name: str) -> bool:
     return bool(stem) and len(rest) == 9 and all(c in "0123456789ABCDEF" for c in rest)
 
 
-class SideFile:
-    """One file: bytes in an unlinked temporary file, which outlives its name while somebody refers to it."""
+class SideFile(UnlinkedFile):
+    """One file, which outlives its name while somebody refers to it."""
 
     def __init__(self, folder: str, path: str) -> None:
-        file = tempfile.TemporaryFile(dir=folder, prefix="s3blockfs-side-", buffering=0)  # noqa: SIM115
-        weakref.finalize(self, file.close).atexit = False  # connections that are open at exit still roll back
-        self._descriptor = file.fileno()
+        super().__init__(folder)
         self.path = path
         self.linked = True
 
@@ -38,20 +36,6 @@ class SideFile:
     @property
     def modified_s(self) -> float:
         return os.fstat(self._descriptor).st_mtime
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes at the end of the file."""
-        return os.pread(self._descriptor, length, offset)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Raises OSError (ENOSPC) when the folder is full."""
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            offset, view = offset + written, view[written:]
-
-    def truncate(self, size: int) -> None:
-        os.ftruncate(self._descriptor, size)
 
 
 class SideFiles:

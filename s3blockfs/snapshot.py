@@ -34,7 +34,7 @@ from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef, head_key, rev_of
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
-from s3blockfs.runtime import Runtime
+from s3blockfs.runtime import Runtime, all_of
 
 #: Indexes of segments kept decoded: an index names a few hundred extents.
 _INDEXES_KEPT = 4096
@@ -264,7 +264,8 @@ def read_log(source: Source, head: Head) -> tuple[dict[int, Commit], _Pieces]:
     """The records and the bytes of all commits in the log, by seq."""
     records: dict[int, Commit] = {}
     pieces: defaultdict[int, list[Piece]] = defaultdict(list)
-    for segment, index in zip(head.segments, _load_indexes(source, head.segments), strict=True):
+    indexes = all_of(source.runtime, [partial(source.load_index, segment) for segment in head.segments])
+    for segment, index in zip(head.segments, indexes, strict=True):
         seqs = range(segment.first_seq, segment.last_seq + 1)  # a restored head may count only the first ones
         records.update((record.seq, record) for record in index.commits if record.seq in seqs)
         for piece in segment_pieces(segment.ref, index.extents):
@@ -340,12 +341,3 @@ def _outside(piece: Piece, new: Piece) -> list[Piece]:
         return [piece]
     parts = (piece._replace(end=new.start), piece._replace(start=new.end))
     return [part for part in parts if part.start < part.end]
-
-
-def _load_indexes(source: Source, segments: Sequence[Segment]) -> list[Index]:
-    futures = [source.runtime.submit(partial(source.load_index, segment)) for segment in segments[1:]]
-    result = [source.load_index(segment) for segment in segments[:1]]
-    for segment, future in zip(segments[1:], futures, strict=True):
-        # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.
-        result.append(source.load_index(segment) if future.cancel() else future.result())
-    return result

@@ -11,8 +11,6 @@
 The source's objects stay for the retention; a copy that takes longer fails on a missing object.
 """
 
-from collections import deque
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -24,6 +22,7 @@ from s3blockfs.format.head import Head
 from s3blockfs.format.keys import ObjectRef, deleted_mark_key, rev_of
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
+from s3blockfs.runtime import in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import upload_map
 
@@ -51,7 +50,8 @@ def put_state(
         rev = 0 if old is None else old.rev
         refs = {extent.ref for extent in extents} | {segment.ref for segment in segments}
         copied = {ref: target.new_ref(rev)._replace(uid=ref.uid) for ref in refs}
-        _copy(origin, target, copied)
+        keys = ((ref.key(origin.prefix), new.key(target.prefix)) for ref, new in copied.items())
+        list(in_flight(runtime, COPIES, (partial(store.copy, *pair, site="copy") for pair in keys)))
         extents = [extent._replace(ref=copied[extent.ref]) for extent in extents]
         segments = tuple(segment._replace(ref=copied[segment.ref]) for segment in segments)
     block_map = BlockMap.of((), (), target.load_leaf).replace(extents)
@@ -144,14 +144,3 @@ def _put_back(target: Source, heads: HeadFile, base: Version | None, moved: Vers
         bury(target, heads, moved, writer, same_commit=True)
     else:
         put_state(Snapshot.load(target, base), target, target, heads, moved, base.head.name, writer)
-
-
-def _copy(origin: Source, target: Source, refs: dict[ObjectRef, ObjectRef]) -> None:
-    running: deque[Future[None]] = deque()
-    for ref, new in refs.items():
-        if len(running) == COPIES:
-            running.popleft().result()
-        source, copy = ref.key(origin.prefix), new.key(target.prefix)
-        running.append(target.runtime.submit(partial(target.store.copy, source, copy, site="copy")))
-    for future in running:
-        future.result()

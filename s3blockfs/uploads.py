@@ -43,7 +43,8 @@ class Uploads:
         for start in range(first - first % per_object, end, per_object):
             group = range(start, start + per_object)
             # The last block first: most writers come to it last, so that one look tells.
-            if dirty.is_whole(group[-1]) and self.blocks.keys().isdisjoint(group) and all(map(dirty.is_whole, group)):
+            is_there = dirty.size >= group.stop * self._block_size and dirty.is_full(group[-1])
+            if is_there and self.blocks.keys().isdisjoint(group) and all(map(dirty.is_full, group)):
                 self.put_blocks([(number, dirty.block(number)) for number in group], ahead=True)
 
     def put_blocks(self, blocks: Sequence[tuple[int, bytes]], ahead: bool = False) -> None:

@@ -118,8 +118,7 @@ def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
                     part.close()
             runtime = Runtime()
             where = {"endpoint_url": config.endpoint_url, "region": config.region, "profile": config.profile}
-            like, name = (None, bucket) if isinstance(bucket, str) else (bucket.meta.client, bucket.name)
-            store = S3Store(name, runtime=runtime, request_deadline_s=config.request_deadline_s, like=like, **where)
+            store = S3Store(bucket, runtime=runtime, request_deadline_s=config.request_deadline_s, **where)
             _engines[key] = Catalog(store, runtime, config, ""), runtime
         _engines[key] = _engines.pop(key)
         return _engines[key][0]

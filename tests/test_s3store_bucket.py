@@ -202,7 +202,7 @@ def test_a_store_like_a_bucket(proxy: FaultProxy, seaweed_endpoint: Any, monkeyp
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "intruder")
     bucket = resource(proxy.url, seaweed_endpoint).Bucket(f"like-{uuid.uuid4().hex[:8]}")
     bucket.create()
-    with closing(S3Store.from_bucket(bucket, runtime=Runtime(), request_deadline_s=2.5)) as store:
+    with closing(S3Store(bucket, runtime=Runtime(), request_deadline_s=2.5)) as store:
         assert store.name == f"s3://{bucket.name}"
         proxy.reset()
         etag = store.put("k", b"mine", site="test", if_absent=True)
@@ -224,7 +224,7 @@ def test_credentials_of_a_bucket_may_change(proxy: FaultProxy, seaweed_endpoint:
     session = botocore.session.Session()
     session._credentials = RefreshableCredentials.create_from_metadata(source(), source, "test")  # type: ignore[attr-defined]
     bucket = resource(proxy.url, seaweed_endpoint, boto3.Session(botocore_session=session)).Bucket(BUCKET)
-    with closing(S3Store.from_bucket(bucket, runtime=Runtime())) as store:
+    with closing(S3Store(bucket, runtime=Runtime())) as store:
         store.create_bucket()
         before = source.calls
         store.put("k", b"x", site="test")
@@ -239,13 +239,13 @@ def test_tls_proxy_and_addressing_settings_of_a_bucket_are_kept(monkeypatch: pyt
     endpoint = Endpoint("", "KEY", SECRET)
     config = Config(proxies={"https": "http://127.0.0.1:9"}, s3={"addressing_style": "virtual"})
     bucket = resource("https://s3.example.org", endpoint, verify=False, config=config).Bucket("some-bucket")
-    with closing(S3Store.from_bucket(bucket, runtime=Runtime())) as store:
+    with closing(S3Store(bucket, runtime=Runtime())) as store:
         assert store._client._endpoint.http_session._verify is False
         assert store._client.meta.config.proxies == {"https": "http://127.0.0.1:9"}
         assert url_of(store) == "https://some-bucket.s3.example.org/k"
-    with closing(S3Store.from_bucket(resource(None, endpoint).Bucket("some-bucket"), runtime=Runtime())) as store:
+    with closing(S3Store(resource(None, endpoint).Bucket("some-bucket"), runtime=Runtime())) as store:
         assert url_of(store) == "https://some-bucket.s3.eu-west-1.amazonaws.com/k"
-    with closing(S3Store.from_bucket(resource(None, endpoint).Bucket("a.dotted.one"), runtime=Runtime())) as store:
+    with closing(S3Store(resource(None, endpoint).Bucket("a.dotted.one"), runtime=Runtime())) as store:
         assert url_of(store) == "https://s3.eu-west-1.amazonaws.com/a.dotted.one/k"
 
 

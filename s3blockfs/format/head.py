@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported
 from s3blockfs.format import extents
@@ -57,34 +57,6 @@ class NamedSnapshot(NamedTuple):
     archive: str
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """One committed state. `commit` is the id of the commit that made it; `id` that of the database."""
-
-    id: bytes
-    rev: int
-    seq: int
-    commit: bytes
-    size: int
-    block_size: int
-    nonce: bytes
-    writer: str = ""
-    time_ms: int = 0
-    floor: int = 0
-    deleted: bool = False
-    name: str | None = None
-    """The exact file name, when it was created through a mount; None lets `acme` be shown as `acme.sqlite`."""
-    counter: int | None = None
-    """SQLite's change counter (bytes 24..27) in this state; None when the file is not a SQLite database."""
-    lease: Lease | None = None
-    segments: tuple[Segment, ...] = ()
-    snapshots: tuple[NamedSnapshot, ...] = ()
-    leaves: tuple[LeafRef, ...] = ()
-    extents: tuple[Extent, ...] = ()
-    """The inline map; empty when there are leaves."""
-    tail: Tail = field(default_factory=Tail)
-
-
 #: Of a JSON value: raises ValueError or TypeError for what it cannot take.
 _Decode = Callable[[Any], Any]
 
@@ -127,45 +99,52 @@ def _rows(make: Callable[..., Any], columns: Sequence[_Decode], value: Any) -> t
 
 _ref = partial(ObjectRef.decode, name="a segment")
 _count = partial(_number, (1 << 63) - 1)
+_Count = Annotated[int, _count]
+_Text = Annotated[str, _text]
+_Id = Annotated[bytes, partial(_hex, 16)]
 
-#: The JSON line, in this order, by the fields of `Head` (the names in JSON say "bytes" where they mean bytes).
-_FIELDS: dict[str, _Decode] = {
-    "id": partial(_hex, 16),
-    "rev": _count,
-    "seq": _count,
-    "commit": partial(_hex, 16),
-    "size": partial(_number, MAX_DATABASE_BYTES),
-    "block_size": partial(_number, MAX_BLOCK_BYTES),
-    "nonce": partial(_hex, 8),
-    "writer": _text,
-    "time_ms": _count,
-    "floor": _count,
-    "deleted": partial(_exact, bool),
-    "name": partial(_optional, _text),
-    "counter": partial(_optional, partial(_number, 0xFFFFFFFF)),
-    "lease": partial(_optional, partial(_row, Lease, (_text, _text, _count))),
-    "segments": partial(_rows, Segment, (_ref, *[_count] * 6)),
-    "snapshots": partial(_rows, NamedSnapshot, (_text, _text)),
-    "leaves": partial(_rows, LeafRef, (_count, _count, _count, partial(_hex, 8), _count)),
-}
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One committed state. `commit` is the id of the commit that made it; `id` that of the database.
+    What is annotated with a decoder makes the JSON line, in this order."""
+
+    id: _Id
+    rev: _Count
+    seq: _Count
+    commit: _Id
+    size: Annotated[int, partial(_number, MAX_DATABASE_BYTES)]
+    block_size: Annotated[int, partial(_number, MAX_BLOCK_BYTES)]
+    nonce: Annotated[bytes, partial(_hex, 8)]
+    writer: _Text = ""
+    time_ms: _Count = 0
+    floor: _Count = 0
+    deleted: Annotated[bool, partial(_exact, bool)] = False
+    name: Annotated[str | None, partial(_optional, _text)] = None
+    """The exact file name, when it was created through a mount; None lets `acme` be shown as `acme.sqlite`."""
+    counter: Annotated[int | None, partial(_optional, partial(_number, 0xFFFFFFFF))] = None
+    """SQLite's change counter (bytes 24..27) in this state; None when the file is not a SQLite database."""
+    lease: Annotated[Lease | None, partial(_optional, partial(_row, Lease, (_text, _text, _count)))] = None
+    segments: Annotated[tuple[Segment, ...], partial(_rows, Segment, (_ref, *[_count] * 6))] = ()
+    snapshots: Annotated[tuple[NamedSnapshot, ...], partial(_rows, NamedSnapshot, (_text, _text))] = ()
+    leaves: Annotated[tuple[LeafRef, ...], partial(_rows, LeafRef, (*[_count] * 3, partial(_hex, 8), _count))] = ()
+    extents: tuple[Extent, ...] = ()
+    """The inline map; empty when there are leaves."""
+    tail: Tail = field(default_factory=Tail)
+
+
+_KINDS = get_type_hints(Head, include_extras=True)
+_FIELDS: dict[str, _Decode] = {n: kind.__metadata__[0] for n, kind in _KINDS.items() if hasattr(kind, "__metadata__")}
 _IN_JSON = {"size": "size_bytes"}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: bytes in hex, tuples as lists."""
-    if isinstance(value, ObjectRef):
-        return value.encode()
-    if isinstance(value, tuple):
-        return [_plain(cell) for cell in value]
-    return value.hex() if isinstance(value, bytes) else value
 
 
 def encode(head: Head) -> bytes:
     """Raises NotSupported when it would be too large to be read again."""
     inline = extents.encode(head.extents)
-    fields = {_IN_JSON.get(name, name): _plain(getattr(head, name)) for name in _FIELDS}
+    fields = {_IN_JSON.get(name, name): getattr(head, name) for name in _FIELDS}
+    fields["segments"] = [(segment.ref.encode(), *segment[1:]) for segment in head.segments]
     fields = {"format": FORMAT, **fields, "map_bytes": len(inline), "tail_bytes": len(head.tail.encoded)}
-    line = json.dumps(fields, ensure_ascii=True, separators=(",", ":")).encode("ascii") + b"\n"
+    line = json.dumps(fields, ensure_ascii=True, separators=(",", ":"), default=bytes.hex).encode("ascii") + b"\n"
     body = b"".join((line, inline, head.tail.encoded))
     if len(line) > MAX_LINE_BYTES or len(body) + _TRAILER.size > MAX_HEAD_BYTES:
         raise NotSupported("this database has outgrown its head; nothing was changed, copy it under another name")

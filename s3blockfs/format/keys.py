@@ -4,6 +4,7 @@ head on which the upload was based, the nonce is random. Fixed-width `[0-9a-z-]`
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import NamedTuple
 
 from s3blockfs.errors import DamagedObject, UsageError
@@ -79,14 +80,12 @@ def check_prefix(prefix: str) -> None:
     for part in prefix.split("/"):
         if not is_file_name(part) or part == HIDDEN_FOLDER:
             raise UsageError(f"{prefix!r}: not usable as a database name")
-    if len(prefix.encode("utf-8", "strict")) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
+    if len(prefix.encode()) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
         raise UsageError(f"{prefix[:40]}...: name too long for an S3 key")
 
 
 def is_file_name(part: str) -> bool:
     """Whether a key segment can be shown as a file name: hostile buckets hold `..`, NUL and empty segments."""
-    try:
-        size = len(part.encode("utf-8", "strict"))
-    except UnicodeEncodeError:
-        return False
-    return 0 < size <= 255 and part not in (".", "..") and "\0" not in part and "/" not in part
+    with suppress(UnicodeEncodeError):
+        return 0 < len(part.encode()) <= 255 and part not in (".", "..") and {"\0", "/"}.isdisjoint(part)
+    return False
