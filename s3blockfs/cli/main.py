@@ -1,11 +1,10 @@
 """The `s3blockfs` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
-A command is a function `run` in a module `cli/<name>_cmd.py`, see `options.command`. These modules import what is slow
-(boto3, libfuse, SQLite) inside `run`, so that `--help` is instant.
+A command is a function in a module `cli/<topic>_cmd.py`, see `options.command`. These functions import what is slow
+(boto3, libfuse, SQLite) themselves, so that `--help` is instant.
 """
 
 import getopt
-import importlib
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from typing import NoReturn
 import click
 
 from s3blockfs import __version__
-from s3blockfs.cli.options import Settings
+from s3blockfs.cli import doctor_cmd, mount_cmd, names_cmd, options, past_cmd, serve_cmd, transfer_cmd, upkeep_cmd
 from s3blockfs.errors import S3BlockFSError
 
 
@@ -27,14 +26,15 @@ def commands() -> None:
     """SQLite databases in S3 that behave like ordinary local files."""
 
 
-_NAMES = "mount umount ls info import export cp mv rm history snapshot restore check gc adopt lease doctor serve"
-for _name in _NAMES.split():
-    commands.add_command(importlib.import_module(f"s3blockfs.cli.{_name}_cmd").run)
+for _module in (doctor_cmd, mount_cmd, names_cmd, past_cmd, serve_cmd, transfer_cmd, upkeep_cmd):
+    for _command in vars(_module).values():
+        if isinstance(_command, options.Command):
+            commands.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    settings = Settings(list(sys.argv[1:] if arguments is None else arguments))
+    settings = options.Settings(list(sys.argv[1:] if arguments is None else arguments))
     try:
         try:
             # Not `commands.main`: it has its own ideas of Ctrl-C and of closed pipes.
@@ -44,11 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = done.exit_code
         sys.stdout.flush()  # here, so that a closed pipe shows now and not while Python shuts down
         return code
-    except (S3BlockFSError, click.ClickException) as error:
-        if settings.debug:
-            traceback.print_exc()
-        print(f"s3blockfs: {_in_one_line(error)}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
@@ -56,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except OSError as error:  # about a local file, or a name that is a folder
+    except (S3BlockFSError, click.ClickException, OSError) as error:
         if settings.debug:
             traceback.print_exc()
-        print(f"s3blockfs: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        print(f"s3blockfs: {_in_one_line(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
 
 
-def _in_one_line(error: S3BlockFSError | click.ClickException) -> str:
-    """Usage errors name the help to read."""
+def _in_one_line(error: S3BlockFSError | click.ClickException | OSError) -> str:
+    if isinstance(error, OSError):  # about a local file, or a name that is a folder
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, S3BlockFSError):
         return str(error)
     context = getattr(error, "ctx", None)

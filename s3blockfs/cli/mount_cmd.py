@@ -1,4 +1,4 @@
-"""`s3blockfs mount BUCKET[/PREFIX] DIR`."""
+"""`s3blockfs mount BUCKET[/PREFIX] DIR` and `s3blockfs umount DIR`."""
 
 import contextlib
 import fcntl
@@ -10,13 +10,17 @@ from pathlib import Path
 
 import click
 
-from s3blockfs import notify
+from s3blockfs import mountpoint, notify
 from s3blockfs.cli import options
-from s3blockfs.errors import EnvironmentProblem, UsageError
+from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
+from s3blockfs.runtime import Runtime
 
 #: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
 DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
 READY = b"ready\n"
+
+#: How long `umount` waits: a daemon finishes its commit (60 s by default) before it goes.
+PATIENCE_S = 90.0
 
 #: Options of mount(8) and fstab(5) that say nothing to a file system in user space.
 _GENERIC = re.compile(
@@ -56,7 +60,7 @@ class _Mount(options.Command):
 @click.option(
     *("-o", "fstab"), multiple=True, expose_value=False, metavar="OPTION[=VALUE],...", help="options as in /etc/fstab"
 )
-def run(target: options.Target, directory: str, foreground: bool) -> int:
+def mount(target: options.Target, directory: str, foreground: bool) -> int:
     """Show every database under BUCKET/PREFIX as a file in DIR, an existing, empty directory.
     Returns when the mount answers."""
     if DAEMON_VARIABLE in os.environ or foreground:
@@ -84,7 +88,7 @@ def _in_background() -> int:
 
 
 def _serve(target: options.Target, given: str) -> int:
-    from s3blockfs import fuse_binding, metrics, mountpoint  # needs libfuse
+    from s3blockfs import fuse_binding, metrics  # needs libfuse
     from s3blockfs.catalog import Catalog
     from s3blockfs.fuse_ops import FileSystem
 
@@ -135,10 +139,23 @@ def is_served(directory: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without such locks, so nobody can tell
-        return False
+    except OSError as error:  # but for a daemon: a file system without such locks, so nobody can tell
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(descriptor)
     return False
+
+
+@options.command("umount", store=False, short_help="unmount, and wait until the daemon has finished")
+@click.argument("directory", metavar="DIR")
+def umount(directory: str) -> None:
+    """Unmount DIR and wait until its daemon has published everything and ended."""
+    path, runtime = Path(os.path.realpath(directory)), Runtime()
+    if mountpoint.clear_dead_mount(str(path)):
+        return
+    mountpoint.unmount(str(path))
+    deadline = runtime.monotonic() + PATIENCE_S
+    while is_served(path):
+        if runtime.monotonic() > deadline:
+            raise Busy("unmounted, but the daemon is still at work; look at its log")
+        runtime.sleep(0.02)

@@ -224,14 +224,12 @@ force_option = click.option("--force", is_flag=True, help="overwrite what is the
 json_option = click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
 
 
-def show(facts: Mapping[str, object], as_json: bool) -> None:
-    """Print what is known of one thing, for a program or for a person."""
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        print(f"{name:16}{'-' if shown in (None, '') else shown}")
+def show(facts: Mapping[str, object], as_json: bool, text: str | None = None) -> None:
+    """Print what is known of one thing: for a program, or for a person as `text` or in a line for each fact."""
+    if text is None:
+        shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
+        text = "\n".join(f"{name:16}{'-' if value in (None, '') else value}" for name, value in shown.items())
+    print(json.dumps(facts) if as_json else text)
 
 
 @contextmanager
