@@ -37,7 +37,7 @@ def back_up(file: str, database: Database, report: Callable[[int, int], None]) -
                         report(backup.page_count - backup.remaining, backup.page_count)
     except apsw.Error as error:
         kind = Busy if isinstance(error, apsw.BusyError) else UsageError
-        raise sink.failure or kind(f"{file}: {error}") from error
+        raise kind(f"{file}: {error}") from error
 
 
 class _Sink(apsw.VFS):
@@ -45,7 +45,6 @@ class _Sink(apsw.VFS):
 
     def __init__(self, database: Database) -> None:
         self.name = f"sink-{uuid.uuid4()}"
-        self.failure: Exception | None = None
         self._database = database
         super().__init__(name=self.name, base="")
 
@@ -55,18 +54,11 @@ class _Sink(apsw.VFS):
     def xFullPathname(self, name: str) -> str:
         return name
 
-    def xAccess(self, pathname: str, flags: int) -> bool:
-        return False
-
     def xRead(self, amount: int, offset: int) -> bytes:
         return self._database.read(offset, amount)
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        try:
-            self._database.write(offset, bytes(data))
-        except Exception as error:
-            self.failure = error
-            raise apsw.IOError(str(error)) from error
+        self._database.write(offset, bytes(data))  # what it raises comes out of `Backup.step` as it is
 
     def xTruncate(self, size: int) -> None:
         self._database.truncate(size)
@@ -74,14 +66,9 @@ class _Sink(apsw.VFS):
     def xFileSize(self) -> int:
         return self._database.size
 
-    def xFileControl(self, operation: int, pointer: int) -> bool:
-        return False
-
-    def xCheckReservedLock(self) -> bool:
-        return False
-
-    def _nothing(self, *_: object) -> int:
+    def _nothing(self, *_: object) -> bool:
         """Nobody else is there, and nothing is durable before the commit."""
-        return 0
+        return False
 
-    xClose = xSync = xLock = xUnlock = xSectorSize = xDeviceCharacteristics = _nothing
+    xAccess = xCheckReservedLock = xClose = xFileControl = xLock = xSync = xUnlock = _nothing  # type: ignore[assignment]
+    xDeviceCharacteristics = xSectorSize = _nothing

@@ -22,6 +22,7 @@ from proxy import Fault, FaultProxy
 from scenes import Scene, same, state
 
 from s3blockfs import backup
+from s3blockfs.database import Database
 from s3blockfs.errors import StoreRefused, StoreUnavailable
 
 ROWS = 3000
@@ -172,6 +173,23 @@ def test_an_import_that_fails_leaves_what_was_there(scene: Scene, capsys: Any, t
     scene.world.store.rule = None
     assert scene.published(1)
     assert [name for name, _ in scene.world.machine().listing("")] == ["a.db"]
+
+
+def test_a_failure_amid_the_copy_keeps_its_kind(
+    scene: Scene, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It comes through SQLite, which has only an I/O error for it."""
+    make(tmp_path / "a").close()
+    write = Database.write
+
+    def failing(self: Database, offset: int, data: bytes) -> None:
+        if offset:
+            raise StoreUnavailable("gone")
+        write(self, offset, data)
+
+    monkeypatch.setattr(Database, "write", failing)
+    assert run(capsys, "import", tmp_path / "a", "bucket/a.db", "--force") == (5, "s3blockfs: gone\n")
+    assert scene.published(1)
 
 
 def test_an_import_loses_to_a_commit_that_comes_first(scene: Scene, capsys: Any, tmp_path: Path) -> None:
