@@ -79,9 +79,8 @@ def _of_pages(source: Source, version: Version, report: Progress) -> Iterator[st
                 try:
                     state.read(at, block)
                 except (DamagedObject, NewerFormat) as error:
-                    low, high, why = damaged.pop() if damaged else (at, at, str(error))
-                    if (high, why) != (at, str(error)):
-                        damaged.append((low, high, why))
-                        low = at
-                    damaged.append((low, min(at + block, size), str(error)))
+                    why, low = str(error), at
+                    if damaged and damaged[-1][1:] == (at, why):
+                        low = damaged.pop()[0]
+                    damaged.append((low, min(at + block, size), why))
     yield from (f"{name} {low // unit + 1} to {-(-high // unit)}: {why}" for low, high, why in damaged)

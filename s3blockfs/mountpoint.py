@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
@@ -13,18 +15,29 @@ from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
 #: The subtype makes the kernel call our mounts `fuse.s3blockfs`: that is how a dead one is known to be ours.
 SUBTYPE = "s3blockfs"
 
+FUSE_DEVICE = "/dev/fuse"
+
 #: How long a mount may take to say that it is alive, in seconds.
 ANSWER_S = 10.0
 
 
-def require() -> None:
-    """Raise EnvironmentProblem, saying how to get it, when this machine lacks what a mount needs besides libfuse."""
-    _fusermount("--version")
+def findings() -> Iterator[str]:
+    """What a mount needs of this machine besides libfuse: each line says ok, or FIX and behind a semicolon how to."""
+    program = shutil.which("fusermount")
+    yield f"ok  fusermount: {program}" if program else "FIX fusermount: not found; apt-get install fuse3"
     try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        yield f"ok  {FUSE_DEVICE}: can be opened"
     except OSError as error:
-        fix = "as root, modprobe fuse && chmod 666 /dev/fuse; a container needs --device /dev/fuse --cap-add SYS_ADMIN"
-        raise EnvironmentProblem(f"/dev/fuse cannot be opened ({error.strerror}): {fix}") from error
+        container = "a container needs `--device /dev/fuse --cap-add SYS_ADMIN`"
+        yield f"FIX {FUSE_DEVICE}: {error.strerror}; as root, `modprobe fuse && chmod 666 /dev/fuse`; {container}"
+
+
+def require() -> None:
+    """Raise EnvironmentProblem if something needs fixing."""
+    for finding in findings():
+        if finding.startswith("FIX"):
+            raise EnvironmentProblem(finding.removeprefix("FIX "))
 
 
 def unmount(mountpoint: str) -> None:

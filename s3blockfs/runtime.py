@@ -31,7 +31,6 @@ class Runtime:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="s3blockfs-io")
         self._background = ThreadPoolExecutor(1, thread_name_prefix="s3blockfs-background")
-        self._jitter = random.Random()
         self._agenda = sched.scheduler(self.monotonic)
         self._ticker = threading.Thread(target=self._tick, name="s3blockfs-ticker", daemon=True)
         self._starting, self._wake, self._closing = threading.Lock(), threading.Event(), False
@@ -49,7 +48,7 @@ class Runtime:
 
     def uniform(self, low: float, high: float) -> float:
         """A random number for jitter; not for names."""
-        return self._jitter.uniform(low, high)
+        return random.uniform(low, high)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` on an I/O thread; it must not wait for another one. RuntimeError when none can be started."""

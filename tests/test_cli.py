@@ -20,7 +20,7 @@ import pytest
 from memorystore import MemoryStore
 
 import s3blockfs
-from s3blockfs import errors, telemetry
+from s3blockfs import errors, mountpoint, telemetry
 from s3blockfs.cli import doctor_cmd, main, mount_cmd, options, serve_cmd
 from s3blockfs.config import Config
 from s3blockfs.embedded import EmbeddedServer
@@ -148,7 +148,7 @@ def test_sizes(text: str, size: int) -> None:
     assert options.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "K", "-1", "1.5M", "1X", "1 M M"])
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5M", "1X", "1 M M", "1\N{KELVIN SIGN}"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(click.BadParameter, match="64K"):
         options.size(text)
@@ -366,7 +366,7 @@ def test_doctor_says_how_to_fix_a_machine(
 ) -> None:
     monkeypatch.setattr(ctypes.util, "find_library", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    monkeypatch.setattr(doctor_cmd, "FUSE_DEVICE", tmp_path / "fuse")
+    monkeypatch.setattr(mountpoint, "FUSE_DEVICE", tmp_path / "fuse")
     assert doctor() == 1
     shown = capsys.readouterr().out
     assert "FIX libfuse: not found; apt-get install libfuse2 " in shown

@@ -6,15 +6,12 @@ Every check is tried, also after one that failed, unless it makes no sense any m
 from __future__ import annotations
 
 import ctypes.util
-import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from s3blockfs import capabilities
+from s3blockfs import capabilities, mountpoint
 from s3blockfs.cli import options
 from s3blockfs.config import Config
 from s3blockfs.errors import AccessDenied, S3BlockFSError
@@ -22,8 +19,6 @@ from s3blockfs.runtime import Runtime
 
 if TYPE_CHECKING:
     from s3blockfs.s3store import S3Store
-
-FUSE_DEVICE = Path("/dev/fuse")
 
 
 @options.command("doctor", short_help="check this machine and a bucket")
@@ -50,16 +45,10 @@ def machine() -> Iterator[str]:
     """What a mount needs on this machine."""
     import apsw
 
-    library, program = ctypes.util.find_library("fuse"), shutil.which("fusermount")
+    library = ctypes.util.find_library("fuse")
     missing = "FIX libfuse: not found; apt-get install libfuse2 (newer releases call it libfuse2t64)"
     yield f"ok  libfuse: {library}" if library else missing
-    yield f"ok  fusermount: {program}" if program else "FIX fusermount: not found; apt-get install fuse3"
-    try:
-        os.close(os.open(FUSE_DEVICE, os.O_RDWR))
-        yield f"ok  {FUSE_DEVICE}: can be opened"
-    except OSError as error:
-        help_text = "as root, `modprobe fuse && chmod 666 /dev/fuse`; a container needs `--device /dev/fuse`"
-        yield f"FIX {FUSE_DEVICE}: {error.strerror}; {help_text}"
+    yield from mountpoint.findings()
     yield f"ok  sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})"
 
 

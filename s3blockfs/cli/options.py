@@ -20,7 +20,7 @@ import click
 
 from s3blockfs import telemetry
 from s3blockfs.config import HOUR_S, Config
-from s3blockfs.errors import BucketNotFound, UsageError
+from s3blockfs.errors import UsageError
 from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from s3blockfs.format.keys import is_file_name, join
 from s3blockfs.runtime import Runtime
@@ -37,11 +37,16 @@ _TIMES = {"": 1, "S": 1, "M": 60, "H": HOUR_S, "D": 24 * HOUR_S}
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
 
+def _match(pattern: str, text: str, complaint: str) -> re.Match[str]:
+    match = re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{text!r} {complaint}")
+    return match
+
+
 def size(text: str) -> int:
     """Bytes from `65536`, `64K`, `128M`, `1G` (powers of 1024)."""
-    match = re.fullmatch(r"(\d{1,18})([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is no size; write one like 64K, 128M or 1G")
+    match = _match(r"(\d{1,18})([KMGT]?)(?:iB|B)?", text.strip(), "is no size; write one like 64K, 128M or 1G")
     return int(match[1]) * _SIZES[match[2].upper()]
 
 
@@ -54,9 +59,7 @@ def block_size(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Seconds from `1`, `0.5`, `30s`, `90m`, `24h`, `7d`."""
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?)([SMHD]?)", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is no time; write one like 1, 0.5, 90m or 24h")
+    match = _match(r"(\d{1,12}(?:\.\d*)?)([SMHD]?)", text.strip(), "is no time; write one like 1, 0.5, 90m or 24h")
     return float(match[1]) * _TIMES[match[2].upper()]
 
 
@@ -67,9 +70,7 @@ def retention(text: str) -> float:
 
 
 def octal(text: str) -> int:
-    if not re.fullmatch("[0-7]{1,3}|0[0-7]{3}", text):
-        raise click.BadParameter(f"{text!r} is no umask; write one like 077")
-    return int(text, 8)
+    return int(_match("[0-7]{1,3}|0[0-7]{3}", text, "is no umask; write one like 077")[0], 8)
 
 
 def address(text: str) -> str:
@@ -119,9 +120,7 @@ def database(text: str) -> Target:
 
 def label(text: str) -> str:
     """Of a named snapshot; can be taken neither for a number nor for a time."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", text):
-        raise click.BadParameter(f"{text!r} is no label; write a letter, then letters, digits, dots, dashes")
-    return text
+    return _match("[a-z][a-z0-9._-]{0,99}", text, "is no label; write a letter, then letters, digits, dots, dashes")[0]
 
 
 def state(text: str) -> int | str | datetime | timedelta:
@@ -268,8 +267,5 @@ def opened(where: Target) -> Iterator[tuple[Catalog, S3Store, Runtime]]:
         stack.enter_context(closing(store))
         stack.enter_context(closing(runtime))
         if local is not None:
-            try:
-                store.check_bucket()
-            except BucketNotFound:
-                store.create_bucket()
+            store.create_bucket()
         yield stack.enter_context(closing(Catalog(store, runtime, config, where.prefix))), store, runtime

@@ -20,22 +20,21 @@ def run(directory: Path) -> None:
     `--local DIR` uses it too."""
     from s3blockfs.embedded import EmbeddedServer
 
-    runtime = Runtime()
     # SIGTERM becomes an exception like SIGINT: it then also ends a start that hangs, and cleans up.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with contextlib.suppress(KeyboardInterrupt), EmbeddedServer.join(directory, runtime) as server:
-            print(
-                f"S3 endpoint  {server.endpoint.url}  (path-style addresses, any region)\n"
-                f"keys         access_key and secret_key in {server.directory / 'server.json'}\n"
-                f"use it       s3blockfs COMMAND --local {directory} ...\n"
-                "Ctrl-C leaves; the server ends with its last user.",
-                flush=True,
-            )
-            while server.alive:
-                runtime.sleep(WATCH_S)
-            log = server.directory / "server.log"
-            raise EnvironmentProblem(f"{directory}: the embedded S3 server ended; read {log}, then start again")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        runtime.close()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(Runtime()) as runtime,
+        EmbeddedServer.join(directory, runtime) as server,
+    ):
+        print(
+            f"S3 endpoint  {server.endpoint.url}  (path-style addresses, any region)\n"
+            f"keys         access_key and secret_key in {server.directory / 'server.json'}\n"
+            f"use it       s3blockfs COMMAND --local {directory} ...\n"
+            "Ctrl-C leaves; the server ends with its last user.",
+            flush=True,
+        )
+        while server.alive:
+            runtime.sleep(WATCH_S)
+        log = server.directory / "server.log"
+        raise EnvironmentProblem(f"{directory}: the embedded S3 server ended; read {log}, then start again")
