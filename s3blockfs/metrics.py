@@ -15,9 +15,7 @@ SENT = Counter("s3blockfs_sent_bytes", "Bytes of objects sent to S3")
 CACHE_HITS = Counter("s3blockfs_cache_hits", "Pieces of databases that were in memory when they were needed")
 CACHE_MISSES = Counter("s3blockfs_cache_misses", "Pieces of databases that were not")
 COMMITS = Counter("s3blockfs_commits", "Transactions published")
-FAILED_COMMITS = Counter(
-    "s3blockfs_failed_commits", "Transactions not published, or not known to be when COMMIT failed"
-)
+FAILED_COMMITS = Counter("s3blockfs_failed_commits", "Transactions not published, or in doubt when COMMIT failed")
 
 
 def request(site: str, send: Callable[[], T]) -> T:

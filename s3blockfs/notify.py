@@ -18,7 +18,6 @@ def ready(status: str) -> None:
     message = "READY=1\nSTATUS=" + status.replace("\n", " ")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect(target)
-            channel.sendall(message.encode())
+            channel.sendto(message.encode(), target)
     except OSError as error:
         raise EnvironmentProblem(f"$NOTIFY_SOCKET {address}: {error.strerror or error}; unset it, or fix it") from error

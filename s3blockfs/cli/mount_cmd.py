@@ -4,9 +4,9 @@ import contextlib
 import fcntl
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import click
 
@@ -44,9 +44,8 @@ class _Mount(options.Command):
         for option in self.params:
             if flag in option.opts and isinstance(option, click.Option):
                 if option.is_flag == bool(equals):
-                    raise click.UsageError(
-                        f"mount option {item!r}: {name} {'takes no' if equals else 'needs a'} value", ctx
-                    )
+                    needs = "takes no" if equals else "needs a"
+                    raise click.UsageError(f"mount option {item!r}: {name} {needs} value", ctx)
                 return flag + equals + value
         if not sloppy and not _GENERIC.fullmatch(item):
             raise click.UsageError(f"mount option {item!r} is unknown", ctx)
@@ -57,9 +56,7 @@ class _Mount(options.Command):
 @click.argument("target", type=options.target, metavar="BUCKET[/PREFIX]")
 @click.argument("directory", metavar="DIR")
 @click.option("-f", "--foreground", is_flag=True, help="stay in the foreground until unmounted")
-@click.option(
-    *("-o", "fstab"), multiple=True, expose_value=False, metavar="OPTION[=VALUE],...", help="options as in /etc/fstab"
-)
+@click.option("-o", "fstab", multiple=True, expose_value=False, metavar="OPTION[=VALUE],...", help="as in /etc/fstab")
 def mount(target: options.Target, directory: str, foreground: bool) -> int:
     """Show every database under BUCKET/PREFIX as a file in DIR, an existing, empty directory.
     Returns when the mount answers."""
@@ -71,13 +68,9 @@ def mount(target: options.Target, directory: str, foreground: bool) -> int:
 def _in_background() -> int:
     """Start the same command as a daemon; 0 when the mount answers, its exit code and message when it does not.
     A new process instead of a fork: nothing of this one's threads and connections gets into the daemon."""
-    daemon = subprocess.Popen(
-        [sys.executable, "-m", "s3blockfs", *options.settings().arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env={**os.environ, DAEMON_VARIABLE: "1"},
-        start_new_session=True,
-    )
+    line = [sys.executable, "-m", "s3blockfs", *options.settings().arguments]
+    environment = {**os.environ, DAEMON_VARIABLE: "1"}
+    daemon = Popen(line, stdin=DEVNULL, stdout=PIPE, env=environment, start_new_session=True)
     assert daemon.stdout is not None
     with daemon.stdout as pipe:
         answered = pipe.readline()
