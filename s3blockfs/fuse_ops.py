@@ -244,7 +244,7 @@ class FileSystem(Operations):
         file.write(offset, data)
         return len(data)
 
-    def truncate(self, path: str | None, length: int, info: FileInfo | None) -> None:
+    def truncate(self, path: str | None, length: int, info: FileInfo | None = None) -> None:
         if info is not None:
             self._truncate(self._handles[info.fh], length)
             return
