@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
-from s3blockfs.database import Database
+from s3blockfs.database import Database, Past
 from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, StoreError
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
@@ -89,10 +89,23 @@ class Catalog(Names):
             old.delete()  # elsewhere, and made anew
         return self._take(prefix) or self._add(prefix, version)
 
-    def connection(self, path: str, side_path: str, create: bool) -> Database:
+    def connection(self, path: str, side_path: str, create: bool, at: int | str | None = None) -> Database:
         """A Database for one connection alone: its own snapshot, its own transaction, its side files at `side_path`.
-        `path` is taken for a key prefix below the root as it is. Raises DatabaseNotFound unless `create`."""
+        `path` is taken for a key prefix below the root as it is. Raises DatabaseNotFound unless `create`, and with `at`
+        what `past` raises."""
         check_prefix(prefix := join(self._root, path))
+        database = self._newest(prefix, path, side_path, create) if at is None else self.past(prefix, side_path, at)
+        with self._lock:
+            self._users[database] = 1
+        return database
+
+    def past(self, prefix: str, side_path: str, at: int | str) -> Database:
+        """What this key prefix held once, to be read only; nobody counts its users. Raises what `open_at` raises."""
+        source, heads = self.at(prefix)
+        state = open_at(source, heads, at)
+        return self._made(prefix, state.version._replace(snapshot=state), side_path, Past)
+
+    def _newest(self, prefix: str, path: str, side_path: str, create: bool) -> Database:
         version = self._head(prefix)
         if version is None or version.head.deleted:  # a moment ago, perhaps: look again
             version = self._head_file(prefix).read()
@@ -102,15 +115,12 @@ class Catalog(Names):
                 self.require_writable()
                 version = self._create(prefix, version, None, exclusive=False)
             self._remember(prefix, version, self._runtime.monotonic())
-        database = self._made(prefix, version, side_path)
-        with self._lock:
-            self._users[database] = 1
-        return database
+        return self._made(prefix, version, side_path)
 
     def release(self, database: Database) -> None:
         """One user less. Nothing is published here: the face did that when the handle was flushed."""
         dropped: list[Database] = []
-        if not database.is_gone:
+        if not database.is_gone and not isinstance(database, Past):
             self._remember(database.prefix, database.version, database.checked_s)
         with self._lock:
             self._users[database] -= 1
@@ -180,8 +190,8 @@ class Catalog(Names):
         return None
 
     def copy(self, old: str, new: str, overwrite: bool = False, at: int | str | None = None) -> None:
-        """The newest state of a database, or the one `at` a commit's seq or a snapshot's label, becomes the next one
-        under the name `new`. Raises DatabaseNotFound, DatabaseExists, TooOld, Busy."""
+        """The newest state of a database, or an earlier one (see `open_at`), becomes the next one under the name `new`.
+        Raises DatabaseNotFound, DatabaseExists, TooOld, Busy, UsageError."""
         source, from_heads, version = self.find(old)
         target, heads, base, name = self._target(new, overwrite)
         self._require_idle(target)
@@ -248,7 +258,7 @@ class Catalog(Names):
             database = self._open.get(prefix) or self._idle.pop(prefix, None)
             return None if database is None or database.is_gone else self._use(database)
 
-    def _made(self, prefix: str, version: Version, side_path: str) -> Database:
+    def _made(self, prefix: str, version: Version, side_path: str, kind: type[Database] = Database) -> Database:
         source, made = self._source(prefix), Lease(self._head_file(prefix), self._runtime, self._config, self._writer)
         with self._lock:
             lease = self._leases.setdefault(prefix, made)
@@ -256,7 +266,7 @@ class Catalog(Names):
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
         publisher = Publisher(source, lease, self._config, self._writer)
-        database = Database(source, lease, publisher, self._config, version, self.side_files, side_path)
+        database = kind(source, lease, publisher, self._config, version, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database
 

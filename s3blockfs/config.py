@@ -1,11 +1,20 @@
 """One frozen dataclass behind flags, environment and `-o` options: every tunable with its default and help."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 KIB = 1024
 MIB = 1024 * KIB
 HOUR_S = 3600.0
+
+_TIMES = {"": 1, "S": 1, "M": 60, "H": HOUR_S, "D": 24 * HOUR_S}
+
+
+def duration_s(text: str) -> float | None:
+    """What `1`, `0.5`, `30s`, `90m`, `24h`, `7d` stand for; None for anything else."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d*)?)([SMHD]?)", text.strip(), re.IGNORECASE)
+    return float(match[1]) * _TIMES[match[2].upper()] if match else None
 
 
 def _option(default: Any, help_text: str, *, mount: bool = False) -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Hashable
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
-from s3blockfs.errors import Busy, DatabaseGone, NotSupported, S3BlockFSError, StoreUnavailable
+from s3blockfs.errors import Busy, DatabaseGone, NotSupported, ReadOnly, S3BlockFSError, StoreUnavailable
 from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
@@ -438,6 +438,16 @@ class Database(State):
     def _journal_is_hot(self) -> bool:
         journal = self._journal()
         return journal is not None and is_hot(journal.read(0, 1))
+
+
+class Past(Database):
+    """A database as it was once: nothing moves it, and nobody changes it."""
+
+    def _refresh(self, max_age_s: float, owner: Hashable) -> None:
+        """There is nothing newer that it should show."""
+
+    def _require_writable(self) -> None:
+        raise ReadOnly(f"{self._label}: as it was at commit {self.version.head.seq}; restore that to change it")
 
 
 def _is_reserved(kind: Kind, start: int, end: int) -> bool:

@@ -24,12 +24,13 @@ from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
-from s3blockfs.database import Database
+from s3blockfs.database import Database, Past
 from s3blockfs.errors import S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.names import Entry
+from s3blockfs.past import MountedNames
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
@@ -72,6 +73,7 @@ class FileSystem(Operations):
     ) -> None:
         """`on_ready` is called once, on a thread of its own, when the mount answers."""
         self._catalog, self._config, self._runtime, self._on_ready = catalog, config, runtime, on_ready
+        self._names = MountedNames(catalog)
         self._mountpoint = os.path.realpath(mountpoint)
         self._ending = False
         self._lock = threading.Lock()
@@ -128,47 +130,47 @@ class FileSystem(Operations):
             is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
             if not is_link:
                 return self._attributes(database)
-        entry = self._catalog.lookup(path[1:])
+        entry = self._names.lookup(path)
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)
 
     def readlink(self, path: str) -> str:
         """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
-        entry = self._catalog.lookup(path[1:])
+        entry = self._names.lookup(path)
         if entry is None or entry.shown_as is None:
             raise OSError(errno.EINVAL, f"{path}: not a link")
         return entry.shown_as
 
     def readdir(self, path: str) -> Iterable[tuple[str, Attributes]]:
-        folder = path.strip("/")
-        for name, entry in self._catalog.listing(folder):
+        for name, entry in self._names.listing(path):
             yield name, self._attributes(entry)
-        for name in self._catalog.side_files.names_under(folder):
+        for name in self._catalog.side_files.names_under(path[1:]):
             yield name, {"st_mode": stat.S_IFREG}
 
     def unlink(self, path: str) -> None:
         if not is_side_file(path):
-            return self._catalog.remove(path[1:])
+            return self._catalog.remove(self._names.changeable(path))
         side = self._side(path)
         self._before_finalising(side)
         return self._catalog.side_files.remove(side.path)
 
     def rename(self, old: str, new: str) -> None:
+        from_path, to_path = self._names.changeable(old), self._names.changeable(new)
         if is_side_file(old) or is_side_file(new):
             raise OSError(errno.EXDEV, f"{old}: journals stay on this machine, where they are; mv copies instead")
-        replaced = self._catalog.opened_at(new[1:])
+        replaced = self._catalog.opened_at(to_path)
         with self._lock:
             shown = [pair for pair in self._shown.items() if not pair[0].is_gone and pair[0] is not replaced]
-        self._catalog.rename(old[1:], new[1:])
+        self._catalog.rename(from_path, to_path)
         for database, state in shown:
             state.moved = database.is_gone
 
     def mkdir(self, path: str, mode: int) -> None:
-        self._catalog.make_folder(path[1:])
+        self._catalog.make_folder(self._names.changeable(path))
 
     def rmdir(self, path: str) -> None:
-        self._catalog.remove_folder(path[1:])
+        self._catalog.remove_folder(self._names.changeable(path))
 
     def mknod(self, path: str, mode: int, device: int) -> None:
         if not stat.S_ISREG(mode):
@@ -199,9 +201,9 @@ class FileSystem(Operations):
     # --- handles ---------------------------------------------------------------------------------------
 
     def create(self, path: str, mode: int, info: FileInfo) -> None:
-        exclusive = bool(info.flags & os.O_EXCL)
+        exclusive, name = bool(info.flags & os.O_EXCL), self._names.changeable(path)
         if not is_side_file(path):
-            self._add_database(info, self._catalog.create(path[1:], exclusive))
+            self._add_database(info, self._catalog.create(name, exclusive))
             return
         if path.endswith(SUFFIXES) and not path.endswith(JOURNAL_SUFFIX):
             raise OSError(errno.EPERM, f"{path}: journal_mode=WAL is not supported yet")
@@ -213,8 +215,9 @@ class FileSystem(Operations):
             handle = self._add_handle(info, self._side(path))
         else:
             if info.flags & os.O_ACCMODE != os.O_RDONLY:
+                self._names.changeable(path)
                 self._catalog.require_writable()
-            handle = self._add_database(info, self._catalog.open(path[1:]))
+            handle = self._add_database(info, self._names.open(path))
         if info.flags & os.O_TRUNC:
             try:
                 self._truncate(handle, 0)
@@ -244,7 +247,7 @@ class FileSystem(Operations):
         file.write(offset, data)
         return len(data)
 
-    def truncate(self, path: str | None, length: int, info: FileInfo | None) -> None:
+    def truncate(self, path: str | None, length: int, info: FileInfo | None = None) -> None:
         if info is not None:
             self._truncate(self._handles[info.fh], length)
             return
@@ -252,7 +255,9 @@ class FileSystem(Operations):
         if is_side_file(path):
             self._truncate_side(self._side(path), length)
             return
-        database = self._catalog.open(path[1:])  # truncate(2): there is no handle whose close could publish it
+        database = self._catalog.open(
+            self._names.changeable(path)
+        )  # truncate(2): there is no handle whose close could publish it
         try:
             self._catalog.require_writable()
             database.truncate(length)
@@ -299,7 +304,8 @@ class FileSystem(Operations):
                 shown.pages_of = database.version.head.commit if known else None
                 shown.inode = None  # the kernel may forget it now, and give the number away
                 shown.stale = False
-        self._catalog.release(database)
+        if not isinstance(database, Past):
+            self._catalog.release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
 
@@ -444,9 +450,11 @@ class FileSystem(Operations):
                     raise
 
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
-        mode, size = stat.S_IFREG | 0o666 & ~self._umask, file.size
+        past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_past)
+        umask = self._umask | 0o222 * past
+        mode, size = stat.S_IFREG | 0o666 & ~umask, file.size
         if isinstance(file, Entry) and file.is_folder:
-            mode = stat.S_IFDIR | 0o777 & ~self._umask
+            mode = stat.S_IFDIR | 0o777 & ~umask
         elif isinstance(file, Entry) and file.shown_as is not None:
             mode, size = stat.S_IFLNK | 0o777, len(os.fsencode(file.shown_as))
         times = dict.fromkeys(("st_mtime", "st_ctime", "st_atime"), int(file.modified_s * 1e9))

@@ -10,16 +10,19 @@ one may have displaced something unseen, so that root shows no commit that is ol
 Thread rule: any thread.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
 from itertools import chain
 from typing import TypeVar, cast
 
 from s3blockfs import errors
 from s3blockfs.blockmap import NO_END, BlockMap
+from s3blockfs.config import duration_s
 from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import Head, NamedSnapshot
+from s3blockfs.format.head import LABEL, Head, NamedSnapshot
 from s3blockfs.format.keys import NONCE_BYTES, archive_key, rev_of
 from s3blockfs.head import HeadFile
 from s3blockfs.snapshot import Snapshot, Source, Version, read_log
@@ -85,8 +88,11 @@ def commits(source: Source, heads: HeadFile) -> list[Commit]:
 
 
 def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
-    """The state right after the commit with this seq, or that of the named snapshot with this label.
-    Raises DatabaseNotFound, TooOld, DamagedObject, StoreError."""
+    """The state right after the commit with this seq, that of the named snapshot with this label, or the newest one at
+    a time: `2026-01-31T23:59:59`, UTC unless it says otherwise, or how long ago, like `90m`. A seq may be text as well.
+    Raises UsageError, DatabaseNotFound, TooOld, DamagedObject, StoreError."""
+    if isinstance(which, str) and not LABEL.fullmatch(which):
+        which = int(which) if re.fullmatch(r"\d{1,18}", which) else _newest_at(source, heads, which)
 
     def opened(version: Version) -> Snapshot:
         label = source.name_of(source.prefix)
@@ -104,6 +110,24 @@ def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
         raise errors.DatabaseNotFound(f"{label}: no commit {which} yet, the last one is {version.head.seq}")
 
     return _under_one_floor(source, heads, opened)
+
+
+def _newest_at(source: Source, heads: HeadFile, time: str) -> int:
+    """The seq of the newest commit then."""
+    ago_s = duration_s(time)
+    if ago_s is not None:
+        moment_s = source.store.server_time_s() - ago_s
+    else:
+        try:
+            moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", time))
+        except ValueError:
+            text = f"{time!r} is no label and no time; write a commit's number, a label, 90m, or 2026-01-31T23:59:59"
+            raise errors.UsageError(text) from None
+        moment_s = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+    for commit in commits(source, heads):
+        if commit.time_ms <= moment_s * 1000:
+            return commit.seq
+    raise errors.TooOld(f"{source.name_of(source.prefix)}: no commit of {time} or before is kept")
 
 
 def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], T]) -> T:

@@ -59,6 +59,8 @@ class Entry:
     modified_s: float = 0.0
     shown_as: str | None = None
     """The name in a listing, where it is another one than was asked for."""
+    is_past: bool = False
+    """Cannot be changed."""
 
 
 class Names:

@@ -23,6 +23,7 @@ from contextlib import closing
 from functools import partial, wraps
 from itertools import count
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import apsw
 
@@ -56,7 +57,7 @@ _LOCKS = {
 _CANNOT_OPEN = (errors.AccessDenied, errors.DatabaseNotFound, errors.NewerFormat, errors.NotSupported)
 #: Result codes other than SQLITE_IOERR and SQLITE_FULL.
 _CODES: dict[str, dict[Any, type[apsw.Error]]] = {
-    "xOpen": {(*_CANNOT_OPEN, errors.ReadOnly, errors.UsageError): apsw.CantOpenError},
+    "xOpen": {(*_CANNOT_OPEN, errors.ReadOnly, errors.TooOld, errors.UsageError): apsw.CantOpenError},
     "xLock": {errors.Busy: apsw.BusyError, errors.ReadOnly: apsw.ReadOnlyError},
 }
 
@@ -73,12 +74,19 @@ _files: dict[str, "_DatabaseFile"] = {}
 _serials = count(1)
 
 
-def connect(*, bucket: Any, name: str, block_size: int = 64 * KIB, **options: Any) -> apsw.Connection:
+def connect(
+    *, bucket: Any, name: str, block_size: int = 64 * KIB, at: int | str | None = None, **options: Any
+) -> apsw.Connection:
     """Open the database with key prefix `name`, created if missing. `bucket` is a name or a boto3 Bucket; `options` are
     the fields of `config.Config`. Connections with the same bucket and options share one cache. The busy timeout is
-    5 s, as in Python's sqlite3. Raises apsw.CantOpenError, apsw.IOError, UsageError."""
+    5 s, as in Python's sqlite3. With `at`, a commit's number, a snapshot's label or a time as for `restore --to`, it
+    shows that state, read-only, as `file:NAME?at=...` does. Raises apsw.CantOpenError, apsw.IOError, UsageError."""
     vfs = S3VFS(bucket, block_size, **options)  # which lives as long as its connections
-    connection = apsw.Connection(name, vfs=vfs.name)
+    if at is None:
+        connection = apsw.Connection(name, vfs=vfs.name)
+    else:
+        flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+        connection = apsw.Connection(f"file:{quote(name)}?at={quote(str(at))}", flags, vfs.name)
     connection.set_busy_timeout(5000)
     return connection
 
@@ -197,9 +205,10 @@ class S3VFS(apsw.VFS):
         if wanted & apsw.SQLITE_OPEN_MAIN_DB:
             if isinstance(name, apsw.URIFilename) and name.uri_boolean("nolock", False):
                 raise errors.NotSupported(f"{path}: needs its locks; leave out nolock=1")
-            if self._config.read_only:
+            at = name.uri_parameter("at") if isinstance(name, apsw.URIFilename) else None
+            if self._config.read_only or at is not None:
                 flags[1] = apsw.SQLITE_OPEN_READONLY
-            return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path)
+            return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path, at)
         side = self.catalog.side_files.get(path)
         if side is None and not wanted & apsw.SQLITE_OPEN_CREATE:
             raise apsw.CantOpenError(f"{path}: no such journal")
@@ -254,9 +263,9 @@ class S3VFS(apsw.VFS):
             file.release()
         file.raise_interrupt()
 
-    def _open(self, prefix: str, create: bool, path: str | None = None) -> "_DatabaseFile":
+    def _open(self, prefix: str, create: bool, path: str | None = None, at: str | None = None) -> "_DatabaseFile":
         path = path or self.xFullPathname(prefix)
-        database = self.catalog.connection(prefix, path, create)
+        database = self.catalog.connection(prefix, path, create, at)
         _files[path] = file = _DatabaseFile(self.catalog, database, Readahead(self._config.readahead_size))
         return file
 

@@ -17,9 +17,9 @@ from inprocess import connect, rows
 from mounting import Place, command
 from scenes import Scene, same, state, store_down
 
-from s3blockfs.cli import options
 from s3blockfs.config import HOUR_S
 from s3blockfs.errors import RequestInDoubt
+from s3blockfs.history import keep, open_at
 
 PAST = ("history", "snapshot", "restore", "check")
 
@@ -348,8 +348,12 @@ def test_what_is_not_there_or_cannot_be_asked(scene: Scene, capsys: Any, verb: s
     assert (code, shown) == (5, "s3blockfs: the store is down\n")
 
 
-def test_states_are_read_as_they_are_written() -> None:
-    assert options.state("12") == 12 and options.state("v12") == "v12"
+def test_states_are_read_as_they_are_written(scene: Scene) -> None:
+    source, heads, version = scene.machine.find("a.db")
+    keep(source, heads, version, "v12")
+    commit(scene, 2)
+    shown = {text: open_at(source, heads, text).head.seq for text in ("1", "2", "v12", "0s", "30S")}
+    assert shown == {"1": 1, "2": 2, "v12": 2, "0s": 3, "30S": 2}
 
 
 # --- all of them for real ----------------------------------------------------------------------------------

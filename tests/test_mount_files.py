@@ -309,3 +309,17 @@ def test_owner_modes_and_other_users(place: Place) -> None:
         with mounted(place, Path(folder), "--umask", "0", root=Path(folder)) as mount:
             assert stat(mount, 0) == ["-rw-rw-rw- 0 0", "drwxrwxrwx 0 0", "drwxrwxrwx 0 0"]
             assert "denied" in shell("ls", mount.directory, user=4711).stderr
+
+
+@pytest.mark.mount
+def test_truncate_by_name(place: Place, tmp_path: Path) -> None:
+    """truncate(2) comes without a handle."""
+    with mounted(place, tmp_path) as mount:
+        script = """
+os.close(make("plain", b"long"))
+os.truncate("plain", 2)
+result["short"] = content("plain")
+os.truncate("plain", 3)
+result["long again"] = content("plain")
+"""
+        assert client(mount.directory, script) == {"short": "lo", "long again": "lo\0"}

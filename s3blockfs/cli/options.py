@@ -10,18 +10,18 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from s3blockfs import telemetry
-from s3blockfs.config import HOUR_S, Config
+from s3blockfs.config import HOUR_S, Config, duration_s
 from s3blockfs.errors import UsageError
-from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
+from s3blockfs.format.head import LABEL, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from s3blockfs.format.keys import is_file_name, join
 from s3blockfs.runtime import Runtime
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # --- types: functions that read a text or raise BadParameter, to which click adds the option ------------------------
 
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_TIMES = {"": 1, "S": 1, "M": 60, "H": HOUR_S, "D": 24 * HOUR_S}
 # The rules of AWS for new and old buckets, widened to what MinIO and Ceph accept.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
@@ -59,8 +58,9 @@ def block_size(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Seconds from `1`, `0.5`, `30s`, `90m`, `24h`, `7d`."""
-    match = _match(r"(\d{1,12}(?:\.\d*)?)([SMHD]?)", text.strip(), "is no time; write one like 1, 0.5, 90m or 24h")
-    return float(match[1]) * _TIMES[match[2].upper()]
+    if (value := duration_s(text)) is None:
+        raise click.BadParameter(f"{text!r} is no time; write one like 1, 0.5, 90m or 24h")
+    return value
 
 
 def retention(text: str) -> float:
@@ -120,22 +120,9 @@ def database(text: str) -> Target:
 
 def label(text: str) -> str:
     """Of a named snapshot; can be taken neither for a number nor for a time."""
-    return _match("[a-z][a-z0-9._-]{0,99}", text, "is no label; write a letter, then letters, digits, dots, dashes")[0]
-
-
-def state(text: str) -> int | str | datetime | timedelta:
-    """Read a commit's number, a snapshot's label, a moment (UTC unless it says otherwise), or how long ago."""
-    if re.fullmatch(r"\d{1,18}", text):
-        return int(text)
-    if re.match("[A-Za-z]", text):
-        return label(text)
-    with suppress(click.BadParameter):
-        return timedelta(seconds=seconds(text))
-    try:
-        moment = datetime.fromisoformat(re.sub("[Zz]$", "+00:00", text))
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: write a commit's number, a label, 90m, or 2026-01-31T23:59:59") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    if not LABEL.fullmatch(text):
+        raise click.BadParameter(f"{text!r} is no label; write a letter, then letters, digits, dots, dashes")
+    return text
 
 
 def utc(time_ms: int) -> str:

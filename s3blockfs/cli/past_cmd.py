@@ -1,12 +1,10 @@
 """Earlier states of a database: `s3blockfs history|restore|snapshot`."""
 
-from datetime import datetime, timedelta
-
 import click
 
 from s3blockfs.cli import options
 from s3blockfs.cli.names_cmd import places
-from s3blockfs.errors import TooOld, UsageError
+from s3blockfs.errors import UsageError
 
 
 def _show(as_json: bool, seq: int, time_ms: int, size: int, kind: str, name: str) -> None:
@@ -31,23 +29,13 @@ def history(database: options.Target, as_json: bool) -> None:
 
 @options.command("restore", short_help="bring an earlier state of a database back")
 @click.argument("database", type=options.database, metavar="BUCKET/NAME")
-@click.option("--to", "at", type=options.state, required=True, metavar="TIME|SEQ|LABEL", help="which; see `history`")
+@click.option("--to", "at", required=True, metavar="TIME|SEQ|LABEL", help="which; see `history`")
 @click.option("--as", "new", type=options.database, metavar="BUCKET/NAME", help="as a new database; keep this one")
-def restore(database: options.Target, at: int | str | datetime | timedelta, new: options.Target | None) -> None:
+def restore(database: options.Target, at: str, new: options.Target | None) -> None:
     """Bring back what a database held at a TIME (2026-01-31T23:59:59 in UTC, or 90m for how long ago), right after
     commit SEQ, or in the snapshot LABEL. That is one more commit: it can be undone in the same way."""
-    from s3blockfs.history import commits
-
     folder, name, new_name = places(database, new or database)
-    with options.opened(folder) as (catalog, store, _):
-        if isinstance(at, (datetime, timedelta)):
-            source, heads, _ = catalog.find(name)
-            now = store.server_time_s()
-            moment = at.timestamp() if isinstance(at, datetime) else now - at.total_seconds()
-            found = [commit.seq for commit in commits(source, heads) if commit.time_ms <= moment * 1000]
-            if not found:
-                raise TooOld(f"{database}: no commit of {options.utc(int(moment * 1000))} or before is kept")
-            at = found[0]
+    with options.opened(folder) as (catalog, _, _):
         catalog.copy(name, new_name, overwrite=new is None, at=at)
 
 

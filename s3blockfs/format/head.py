@@ -27,6 +27,7 @@ MAX_LINE_BYTES = 4 * 1024 * 1024  # of JSON, which takes many times as much when
 MAX_DATABASE_BYTES = 1 << 48
 MIN_BLOCK_BYTES = 512
 MAX_BLOCK_BYTES = 4 * 1024 * 1024
+LABEL = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")  # of a named snapshot: neither a number nor a time
 
 _TRAILER = struct.Struct(">4sI")
 _MAGIC = b"S3BH"
