@@ -105,7 +105,8 @@ class Dirty:
     def ranges(self, start: int, end: int) -> list[Range]:
         """The dirty ranges inside start..end, in order, neighbours joined across blocks."""
         rows = (row for block in self._touched(start, end) for row in self._blocks[block])
-        return union((max(low, start), min(high, end)) for low, high in rows if low < end and high > start)
+        inside = ((max(low, start), min(high, end)) for low, high in rows)
+        return union((low, high) for low, high in inside if low < high)
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of one dirty range (or of several with what lies between them undefined)."""

@@ -228,3 +228,10 @@ def test_the_spill_folder_is_not_tmp_by_default(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TMPDIR", "/elsewhere")
     assert spill_folder(None) == "/elsewhere"
     assert spill_folder("/here") == "/here"
+
+
+def test_no_bytes_have_no_ranges(make: Callable[..., Dirty]) -> None:
+    """Nor has a stretch that begins behind its end, in the middle of a dirty range."""
+    dirty = make()
+    dirty.write(0, b"a" * 100)
+    assert dirty.ranges(50, 50) == dirty.ranges(60, 50) == []
