@@ -61,9 +61,7 @@ def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:
     def make(head: Head) -> Head:
         others = tuple(named for named in head.snapshots if named.archive != key)
         if label in [named.label for named in others]:
-            raise errors.DatabaseExists(
-                f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another label"
-            )
+            raise errors.DatabaseExists(f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another")
         if version.head.rev <= head.floor:
             raise errors.Busy(f"{source.name_of(source.prefix)}: took longer than the retention; try again")
         return replace(head, snapshots=(*others, NamedSnapshot(label, key)))
@@ -104,9 +102,7 @@ def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
         for root, found_there in _timeline(source, version, which):
             if any(commit.seq == which for commit in found_there):
                 return Snapshot.load(source, root, at=which)
-            raise errors.TooOld(
-                f"{label}: commit {which} is not kept any more; `s3blockfs history` lists those that are"
-            )
+            raise errors.TooOld(f"{label}: commit {which} is not kept any more; `s3blockfs history` lists what is")
         raise errors.DatabaseNotFound(f"{label}: no commit {which} yet, the last one is {version.head.seq}")
 
     return _under_one_floor(source, heads, opened)
