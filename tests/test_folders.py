@@ -250,3 +250,12 @@ def test_made_anew_after_a_deletion_elsewhere(world: World) -> None:
     with pytest.raises(DatabaseGone):
         held.write(0, b"x")
     machine.release(held)
+
+
+def test_a_listing_of_10000_databases_asks_for_lists_only(world: World) -> None:
+    for number in range(10_000):
+        world.store.inner.put(f"f/{number}.sqlite/head", b"", site="test")
+    machine = world.machine()
+    before = len(world.store.calls)
+    assert len(machine.listing("f")) == 10_000
+    assert {call.operation for call in world.store.calls[before:]} == {"LIST"}
