@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Hashable
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
-from s3blockfs.errors import Busy, DatabaseGone, NotSupported, ReadOnly, S3BlockFSError, StoreUnavailable
+from s3blockfs.errors import AccessDenied, Busy, DatabaseGone, NotSupported, ReadOnly, S3BlockFSError, StoreUnavailable
 from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
@@ -266,7 +266,10 @@ class Database(State):
         elif _is_reserved(kind, start, end) and level is Level.SHARED:
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
-                self._begin_write(owner)
+                try:
+                    self._begin_write(owner)
+                except AccessDenied as error:  # EACCES from a lock is SQLITE_BUSY for SQLite, which would try for ever
+                    raise ReadOnly(str(error)) from error
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
             raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
 

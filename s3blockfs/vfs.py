@@ -325,12 +325,15 @@ class _DatabaseFile(_File):
         self.commit_point(partial(self.database.sync, foreign=lambda name: self._catalog.side_files.get(name) is None))
 
     def xLock(self, level: int) -> None:
-        if level == apsw.SQLITE_LOCK_RESERVED:
-            try:
+        try:
+            if level == apsw.SQLITE_LOCK_RESERVED:
                 self._catalog.require_writable()
-            except errors.AccessDenied as error:
-                raise errors.ReadOnly(str(error)) from error
-        self.database.lock(self, *_LOCKS[level], self.pid)
+            self.database.lock(self, *_LOCKS[level], self.pid)
+        except (errors.AccessDenied, errors.ReadOnly) as error:
+            if level != apsw.SQLITE_LOCK_RESERVED:
+                raise
+            self._catalog.refused.add(self.database.prefix)
+            raise errors.ReadOnly(str(error)) from error
 
     def xUnlock(self, level: int) -> None:
         if level == apsw.SQLITE_LOCK_SHARED:

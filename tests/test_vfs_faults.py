@@ -155,7 +155,7 @@ def test_credentials_that_may_not_write(place: Place, proxy: FaultProxy, db: aps
 
     assert may(apsw.SQLITE_ACCESS_EXISTS) and may(apsw.SQLITE_ACCESS_READ) and may(apsw.SQLITE_ACCESS_READWRITE)
     proxy.rule = lambda request: Fault(status=403) if request.method == "PUT" else None
-    with pytest.raises(apsw.IOError, match="access denied"):
+    with pytest.raises(apsw.ReadOnlyError, match="access denied"):
         db.execute("UPDATE t SET x = 2")
     assert may(apsw.SQLITE_ACCESS_EXISTS) and may(apsw.SQLITE_ACCESS_READ)
     assert not may(apsw.SQLITE_ACCESS_READWRITE)
