@@ -35,14 +35,6 @@ def run(target: options.Target | None) -> int:
 
 def _findings(target: options.Target | None) -> Iterator[str]:
     """What needs fixing says behind a semicolon how to."""
-    yield from machine()
-    if target is not None:
-        with options.opened(target) as (_, store, runtime):
-            yield from bucket(store, target.prefix, options.settings().config, runtime)
-
-
-def machine() -> Iterator[str]:
-    """What a mount needs on this machine."""
     import apsw
 
     library = ctypes.util.find_library("fuse")
@@ -50,6 +42,9 @@ def machine() -> Iterator[str]:
     yield f"ok  libfuse: {library}" if library else missing
     yield from mountpoint.findings()
     yield f"ok  sqlite: {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})"
+    if target is not None:
+        with options.opened(target) as (_, store, runtime):
+            yield from bucket(store, target.prefix, options.settings().config, runtime)
 
 
 def bucket(store: S3Store, prefix: str, config: Config, runtime: Runtime) -> Iterator[str]:
