@@ -333,10 +333,11 @@ class Database(State):
             self.checked_s = now - self._config.refresh_s + REFRESH_PAUSE_S
             return self.version
 
-    def _fall_behind(self, now: float) -> None:
-        """A newer state is known that cannot be shown yet."""
+    def _fall_behind(self, now: float) -> float:
+        """A newer state is known that cannot be shown yet: since when."""
         self._behind_s = now if self._behind_s is None else self._behind_s
         self.checked_s = float("-inf")
+        return self._behind_s
 
     def _is_overdue(self, now: float) -> bool:
         return self._refused or (self._behind_s is not None and now - self._behind_s >= 2 * self._config.refresh_s)
@@ -353,9 +354,7 @@ class Database(State):
                 self._lease.take(self, self.version)
                 self.checked_s = now
             except Stale:
-                self._fall_behind(now)
-                assert self._behind_s is not None
-                if now - self._behind_s < max(2 * self._config.refresh_s, LONG_BEHIND_S):
+                if now - self._fall_behind(now) < max(2 * self._config.refresh_s, LONG_BEHIND_S):
                     self._refused = True
                     raise
                 # One process shares a single SHARED among its connections, and may never let go of it. SQLite's own
