@@ -98,7 +98,7 @@ def test_a_connection_cannot_be_used_in_a_forked_child_and_its_parent_goes_on(pl
     vfs = S3VFS(bucket_of(place))
     db = apsw.Connection(key(place), vfs=vfs.name)
     db.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
-    idle = connect(place)
+    idle = connect(place, refresh_s=0.0)  # an engine of its own: other options than those of `vfs`
     db.execute("BEGIN; INSERT INTO t VALUES (2)")
 
     def child() -> None:
