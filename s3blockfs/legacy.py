@@ -244,6 +244,8 @@ class AnyHead(HeadFile):
         if not make(base.head).deleted:
             return super().swap(self.convert(base), make, **options)
         gone = super().swap(None, lambda _: make(base.head))  # the tombstone is its first head
+        if not gone.head.deleted:  # who converts it draws the same id, so this looked like our own head
+            raise errors.Busy(f"{self._name}: changed elsewhere, and was not deleted; try again")
         self._clear(base.snapshot)
         return gone
 
@@ -274,7 +276,7 @@ class AnyHead(HeadFile):
                 raise errors.DatabaseGone(f"{name}: written by sqlite-s3vfs")
             made = replace(head, extents=encoded.extents, leaves=encoded.leaves)
             converted = self.create(None, lambda _: made)
-            if converted.head.commit != head.commit:
+            if converted.head.deleted or converted.head.commit != head.commit:  # the id is the same for everybody
                 raise errors.DatabaseGone(f"{name}: converted by somebody else, who went on")
         except (errors.DatabaseExists, errors.DatabaseGone) as error:
             raise errors.Busy(f"{name}: changed elsewhere, and was not converted; read again") from error
