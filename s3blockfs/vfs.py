@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -237,6 +238,10 @@ class S3VFS(apsw.VFS):
             for owner in sorted(filter(None, owners), key=lambda each: each.database.prefix):
                 owner.commit_point(partial(owner.database.finalise_super_journal, filename))
         return self.catalog.side_files.remove(filename)
+
+    def xSleep(self, microseconds: int) -> int:
+        time.sleep(microseconds / 1_000_000)  # the default VFS would keep the GIL, also from the thread waited for
+        return microseconds
 
     # --- what applications call ------------------------------------------------------------------------
 

@@ -173,6 +173,16 @@ def test_threads_wait_for_each_other(place: Place, db: apsw.Connection) -> None:
     assert elsewhere(place, "SELECT x FROM t ORDER BY x") == rows(db, "SELECT x FROM t ORDER BY x") == expected
 
 
+def test_who_waits_for_a_lock_lets_other_threads_run() -> None:
+    asleep, turns = threading.Event(), 0
+    sleeper = threading.Thread(target=lambda: (S3VFS("no-bucket").xSleep(500_000), asleep.set()))
+    sleeper.start()
+    while not asleep.wait(0.005):
+        turns += 1
+    sleeper.join()
+    assert turns > 5  # with the GIL kept: none
+
+
 def test_attached_databases_commit_together(place: Place, db: apsw.Connection) -> None:
     db.execute("ATTACH ? AS b", (key(place, "b.sqlite"),))
     db.execute("CREATE TABLE b.u(x)")
