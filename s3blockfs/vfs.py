@@ -240,7 +240,8 @@ class S3VFS(apsw.VFS):
         return self.catalog.side_files.remove(filename)
 
     def xSleep(self, microseconds: int) -> int:
-        time.sleep(microseconds / 1_000_000)  # the default VFS would keep the GIL, also from the thread waited for
+        # The default VFS would keep the GIL, also from the thread that is waited for.
+        time.sleep(microseconds / 1_000_000)  # noqa: TID251  SQLite's waiting, not the engine's
         return microseconds
 
     # --- what applications call ------------------------------------------------------------------------
