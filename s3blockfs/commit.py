@@ -112,7 +112,7 @@ class Publisher:
         if self._rolling is None and (_is_beyond(head.tail, ROLL_BYTES, 1) or _holds_up_a_fold(head)):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
                 self._rolling = source.runtime.submit(partial(self._roll, head))
-        if head.seq > seq and not head.deleted:
+        if head.seq > seq or head.deleted:
             # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
             version = Version(made, SUPERSEDED, encode(made))
         elif (head.extents, head.leaves, head.segments) != expected:

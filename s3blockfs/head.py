@@ -14,7 +14,7 @@ Thread rule: any thread. One HeadFile serves all users of a database in a proces
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
@@ -48,6 +48,10 @@ class Unsettled(errors.OutcomeUnknown):
     def __init__(self, name: str, doubt: Doubt) -> None:
         super().__init__(f"{name}: the outcome of the last write is unknown; closed until the store can tell")
         self.doubt = doubt
+
+
+class Forgotten(Unsettled):
+    """Nor will it ever be known: others went on, and what would tell is older than the retention."""
 
 
 class HeadFile:
@@ -177,7 +181,7 @@ class HeadFile:
                 "nothing of this transaction was kept, run it again"
             )
         elif (seen.id, seen.deleted) != (base.head.id, base.head.deleted):
-            raise errors.DatabaseGone(f"{self._name}: deleted or replaced by {writer}; nothing was changed")
+            raise errors.DatabaseGone(f"{self._name}: deleted or replaced by {writer}")
 
     def _look(self, doubt: Doubt, deadline: float) -> tuple[Version | None, Version | None]:
         """Read the head until it answers, at least once: (it, if the swap in doubt is in its past, and it anyway).
@@ -198,25 +202,30 @@ class HeadFile:
     def _is_past_of(self, seen: Head, doubt: Doubt) -> bool:
         """Whether the swap in doubt is in the past of `seen`. Raises Unsettled when it cannot tell."""
         base, mine = doubt.base, doubt.head
-        if base is None or base.head.id != mine.id:  # a creation
-            return seen.id == mine.id
-        if seen.nonce == mine.nonce or mine.commit == base.head.commit or seen.seq < mine.seq:
-            return seen.nonce == mine.nonce  # only a commit can be told from later heads, and only from later commits
         try:
-            return self._commit_at(mine, seen) == mine.commit
+            if base is None or base.head.id != mine.id:  # a creation, a copy: id after id, and none comes back
+                return seen.id == mine.id or (seen.id != (base and base.head.id) and self._was_there(doubt, seen))
+            if seen.nonce == mine.nonce or mine.commit == base.head.commit or seen.seq < mine.seq:
+                return seen.nonce == mine.nonce  # only a commit can be told from later heads, and only from later ones
+            return self._commit_at(doubt, seen) == mine.commit
+        except Unsettled:
+            raise
         except S3BlockFSError as error:  # also damage: it must not be taken for an answer
             raise Unsettled(self._name, doubt) from error
 
-    def _commit_at(self, mine: Head, newest: Head) -> bytes | None:
-        """The id of the commit with the seq of `mine`, from `newest`, then the archives since. None when a successor
-        took over before there was one: it archived the last head, and its own commits have the numbers of its past."""
-        seq, ended = mine.seq, False
-        archived = (
-            codec.decode(self._store.get(entry.key, site="settle").body, f"{self._store.name}/{entry.key}")
-            for entry in self._store.list(f"{self.prefix}/archive/", site="settle")
-            if entry.key >= archive_key(self.prefix, mine.rev - 1, b"")
-        )
-        for known in chain([newest], archived):
+    def _was_there(self, doubt: Doubt, newest: Head) -> bool:
+        """Whether a database with the new id was there before `newest`: who takes over archives the last head of it."""
+        mine, there = doubt.head, {known.rev: known.id for known in self._archived(doubt.head.rev)}
+        if newest.floor >= mine.rev and mine.rev not in there and mine.id not in there.values():
+            raise Forgotten(self._name, doubt)
+        return mine.id in there.values()
+
+    def _commit_at(self, doubt: Doubt, newest: Head) -> bytes | None:
+        """The id of the commit with the seq of the one in doubt, from `newest`, then the archives since. None when a
+        successor took over before there was one: its own commits have the numbers of the past that it archived."""
+        mine, ended = doubt.head, False
+        seq = mine.seq
+        for known in chain([newest], self._archived(mine.rev - 1)):
             if known.id != mine.id or known.seq < seq:
                 ended |= known.id == mine.id
                 continue
@@ -231,7 +240,16 @@ class HeadFile:
                 return ids[seq]
         if ended and newest.id != mine.id:
             return None
+        if newest.floor >= mine.rev - 1:
+            raise Forgotten(self._name, doubt)
         raise errors.DamagedObject(f"{self._name}: no record of commit {seq}")
+
+    def _archived(self, rev: int) -> Iterator[Head]:
+        """The archived heads from this rev on."""
+        for entry in self._store.list(f"{self.prefix}/archive/", site="settle"):
+            if entry.key >= archive_key(self.prefix, rev, b""):
+                body = self._store.get(entry.key, site="settle").body
+                yield codec.decode(body, f"{self._store.name}/{entry.key}")
 
     def _put(self, replaced: Version | None, head: Head) -> Version:
         before, condition, body = self.latest, None if replaced is None else replaced.etag, codec.encode(head)

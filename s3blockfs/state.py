@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError
-from s3blockfs.head import Doubt, HeadFile, Unsettled
+from s3blockfs.head import Doubt, Forgotten, HeadFile, Unsettled
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import Uploads
 from s3blockfs.view import View
@@ -155,13 +155,16 @@ class State:
         try:
             if doubt is None:
                 return
-            version = self._heads.settle(doubt)
+            version, outcome = None, "cannot be told any more; the database is shown as it is"
+            with contextlib.suppress(Forgotten):
+                version = self._heads.settle(doubt)
+                outcome = "applied" if version else "did not apply"
             with self._gate, self._changing():
                 if version is not None:
                     self._adopt(version, None)
                 self._doubt = None
                 self._fail(remove_journal=True)
-            log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
+            log.warning("%s: settled: the commit %s", self._label, outcome)
         except DatabaseGone as error:
             with self._gate, self._changing():
                 self._gone, self._doubt = str(error), None

@@ -38,9 +38,10 @@ def put_state(
     base: Version | None,
     name: str | None,
     writer: str,
+    commit_id: bytes | None = None,
 ) -> Version:
     """Make `state`, of `origin`, the next state at `target`, whose head is `base` (None: there is none); `name` is what
-    the new head records. Raises Busy when the target has moved on, DatabaseExists, and what requests raise."""
+    the new head records. Returns the head that holds it, possibly a later one of others. Raises Busy when the target has moved on, DatabaseExists, and what requests raise."""
     runtime, store = target.runtime, target.store
     old = None if base is None else base.head
     extents, segments = list(state.map.find(0, 1 << 62)), state.head.segments
@@ -60,7 +61,7 @@ def put_state(
     if header.is_database(first):
         counter = ((header.counter(first) if counter is None else counter) + 1) & 0xFFFFFFFF
         patches = header.counter_patches(first, counter)
-    database_id, commit_id = runtime.token(16), runtime.token(COMMIT_ID_BYTES)
+    database_id, commit_id = runtime.token(16), commit_id or runtime.token(COMMIT_ID_BYTES)
 
     def make(replaced: Head | None) -> Head:
         if replaced is not None:
@@ -128,13 +129,15 @@ def rename(
     writer: str,
 ) -> tuple[Version, Version]:
     """Move the newest state of `origin` (its head's state) to `target`: the heads of both afterwards."""
-    moved = put_state(state, origin, target, over, base, name, writer)
+    commit_id = target.runtime.token(COMMIT_ID_BYTES)
+    moved = put_state(state, origin, target, over, base, name, writer, commit_id)
     try:
         return bury(origin, heads, state.version, writer, same_commit=True), moved
     except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
         return heads.latest or state.version, moved
     except Busy:
-        _put_back(target, over, base, moved, writer)
+        if moved.head.commit == commit_id:  # else others have gone on with it
+            _put_back(target, over, base, moved, writer)
         raise
 
 
