@@ -265,7 +265,7 @@ class Catalog(Names):
             if self._stop_ticking is None:
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
-        publisher = Publisher(source, lease, self._config, self._writer)
+        publisher = Publisher(source, lease, self._writer)
         database = kind(source, lease, publisher, self._config, version, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database

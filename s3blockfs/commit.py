@@ -15,7 +15,7 @@ from itertools import groupby
 
 from s3blockfs import header, metrics
 from s3blockfs.blockmap import BlockMap, EncodedMap
-from s3blockfs.config import KIB, MIB, Config
+from s3blockfs.config import KIB, MIB
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
@@ -45,17 +45,10 @@ SUPERSEDED = '"superseded"'
 class Publisher:
     """Publishes the transactions of one database."""
 
-    def __init__(self, source: Source, lease: Lease, config: Config, writer: str) -> None:
-        self._source = source
-        self._lease = lease
-        self._config = config
-        self._writer = writer
+    def __init__(self, source: Source, lease: Lease, writer: str) -> None:
+        self._source, self._lease, self._writer = source, lease, writer
         self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
         """A segment that holds the commits of these records, waiting to ride on the next head."""
-
-    def uploads(self, base: Snapshot) -> Uploads:
-        """For a transaction that starts on `base`."""
-        return Uploads(self._source, self._config, base.head, base.head.seq + 1)
 
     @metrics.FAILED_COMMITS.count_exceptions()
     def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:

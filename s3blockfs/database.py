@@ -54,12 +54,10 @@ class Database(State):
         path: str,
     ) -> None:
         """`path` is where its side files lie; `version` a head that is no tombstone."""
-        super().__init__(source, lease.heads, config, version, publisher.uploads)
-        self._lease = lease
+        super().__init__(source, lease.heads, config, version)
+        self._lease, self._publisher, self._side_files = lease, publisher, side_files
         self._housekeeper = Housekeeper(source, lease.heads, config)
         self._wrote = False
-        self._publisher = publisher
-        self._side_files = side_files
         self.publishing = False
         self._discarding: Hashable | None = None
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
@@ -320,8 +318,8 @@ class Database(State):
 
     def _newest(self, now: float) -> Version:
         """`self.version` itself when there is nothing newer, or when that cannot be told now."""
-        if self._lease.is_held and self._lease.heads.latest is not None:
-            return self._lease.heads.latest
+        if self._lease.is_held and self._heads.latest is not None:
+            return self._heads.latest
         try:
             version = self._heads.read_if_changed(self.version)
             self.checked_s = now

@@ -234,8 +234,7 @@ class FileSystem(Operations):
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
         handle = self._handles[info.fh]
-        file = handle.file
-        if isinstance(file, Database):
+        if isinstance(file := handle.file, Database):
             self._require_sound(handle)
             handle.wrote = True
             file.write(offset, data, handle.owners)
@@ -255,10 +254,8 @@ class FileSystem(Operations):
         if is_side_file(path):
             self._truncate_side(self._side(path), length)
             return
-        database = self._catalog.open(
-            self._names.changeable(path)
-        )  # truncate(2): there is no handle whose close could publish it
-        try:
+        database = self._catalog.open(self._names.changeable(path))
+        try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
             database.truncate(length)
             database.close_handle(context_pid())
@@ -276,8 +273,7 @@ class FileSystem(Operations):
 
     def flush(self, path: str | None, info: FileInfo) -> None:
         handle = self._handles[info.fh]
-        database = handle.file
-        if isinstance(database, SideFile):
+        if isinstance(database := handle.file, SideFile):
             return
         self._inode_of(database)
         if database.owner_closes(info.lock_owner):
@@ -311,8 +307,7 @@ class FileSystem(Operations):
 
     def lock(self, path: str | None, info: FileInfo, command: int, lock: Flock) -> None:
         handle, owner = self._handles[info.fh], info.lock_owner
-        database = handle.file
-        if isinstance(database, SideFile):
+        if isinstance(database := handle.file, SideFile):
             if lock.l_type != F_UNLCK:  # SQLite never locks a journal
                 raise OSError(errno.ENOLCK, f"{database.path}: side files cannot be locked")
             return
@@ -376,8 +371,7 @@ class FileSystem(Operations):
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
         if not side.linked:
             raise OSError(errno.EIO, f"{side.path}: was removed; its transaction is lost")
-        database = self._database_of(side)
-        if database is not None:
+        if (database := self._database_of(side)) is not None:
             database.finalise_journal(context_pid())
         elif not side.path.endswith(SUFFIXES):
             for database in sorted(self._catalog.opened(), key=lambda each: each.prefix):

@@ -14,11 +14,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 from s3blockfs.config import Config
-from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError
 from s3blockfs.head import Doubt, HeadFile, Unsettled
 from s3blockfs.snapshot import Snapshot, Source, Version
-from s3blockfs.uploads import Uploads
 from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
@@ -30,24 +28,15 @@ SETTLE_EVERY_S = 2.0
 class State:
     """Starts at `version`, a head that is no tombstone."""
 
-    def __init__(
-        self,
-        source: Source,
-        heads: HeadFile,
-        config: Config,
-        version: Version,
-        new_uploads: Callable[[Snapshot], Uploads],
-    ) -> None:
-        self._source = source
-        self._heads = heads
-        self._config = config
+    def __init__(self, source: Source, heads: HeadFile, config: Config, version: Version) -> None:
+        self._source, self._heads, self._config = source, heads, config
         self._gate = threading.RLock()
         self._writing = threading.RLock()
         self._depth = 0
         self._moved = False
         self._mutex = threading.Lock()
         self._unloaded: Version | None = None
-        self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), new_uploads)
+        self._view = View(source, config, Snapshot.load(source, version))
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
         self._settling = False
