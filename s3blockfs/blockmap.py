@@ -16,11 +16,8 @@ from typing import NamedTuple
 from s3blockfs.format import extents as codec
 from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
 
-#: Beyond every block.
-NO_END = 1 << 62
-
-#: Fetches and decodes one leaf; it may raise whatever a GET raises.
-Load = Callable[[LeafRef], tuple[Extent, ...]]
+NO_END = 1 << 62  # beyond every block
+Load = Callable[[LeafRef], tuple[Extent, ...]]  # fetches and decodes one leaf; raises whatever a GET raises
 
 
 class _Leaf:
@@ -29,9 +26,7 @@ class _Leaf:
     __slots__ = ("_extents", "_lock", "first", "ref")
 
     def __init__(self, first: int, ref: LeafRef | None, extents: tuple[Extent, ...] | None) -> None:
-        self.first = first
-        self.ref = ref
-        self._extents = extents
+        self.first, self.ref, self._extents = first, ref, extents
         self._lock = threading.Lock()
 
     def extents(self, load: Load) -> tuple[Extent, ...]:

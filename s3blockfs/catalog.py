@@ -30,11 +30,8 @@ from s3blockfs.runtime import Runtime
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.transfer import bury, put_state, rename
 
-#: How often leases and the like are looked after; without requests unless something is due.
-TICK_S = 0.25
-
-#: Closed databases kept with their decoded heads.
-IDLE_KEPT = 64
+TICK_S = 0.25  # how often leases and the like are looked after; without requests unless something is due
+IDLE_KEPT = 64  # closed databases, with their decoded heads
 
 
 class Catalog(Names):

@@ -34,12 +34,9 @@ ROLL_BYTES = 256 * KIB
 FULL_TAIL_BYTES = MIB
 ROLL_RAW_BYTES = 16 * MIB
 ROLL_COMMITS = 1024
+ROLL_SEGMENTS = 8  # of large commits whose records are still in the tail, which holds up their fold
 
-#: Large commits whose records are still in the tail hold up the fold of their segments: this many start a roll.
-ROLL_SEGMENTS = 8
-
-#: Stands for the ETag of a head that is not the newest any more: it never matches.
-SUPERSEDED = '"superseded"'
+SUPERSEDED = '"superseded"'  # the ETag of a head that is not the newest any more: it never matches
 
 
 class Publisher:

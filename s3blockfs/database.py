@@ -31,13 +31,9 @@ from s3blockfs.state import State
 
 log = logging.getLogger(__name__)
 
-#: Readers that keep an old state shown for so long belong to one process that never gets rid of all of them.
-LONG_BEHIND_S = 2.0
-
+LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
+REFRESH_PAUSE_S = 5.0  # after a refresh that failed, cached data is served so long before the store is asked again
 SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
-
-#: After a refresh that failed, cached data is served this long before the store is asked again.
-REFRESH_PAUSE_S = 5.0
 
 
 class Database(State):

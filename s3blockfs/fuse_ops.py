@@ -37,8 +37,7 @@ from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
 
 log = logging.getLogger(__name__)
 
-#: How long a daemon that was asked to end waits for applications to end their write transactions.
-QUIESCE_S = 5.0
+QUIESCE_S = 5.0  # how long a daemon that was asked to end waits for write transactions of applications
 
 
 @dataclass(slots=True)

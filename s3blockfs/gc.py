@@ -26,8 +26,7 @@ from s3blockfs.history import roots
 from s3blockfs.objectstore import Listed
 from s3blockfs.snapshot import Source, Version
 
-#: At most this many blocks are named for one compaction.
-SPARSE_BLOCKS = 4096
+SPARSE_BLOCKS = 4096  # named for one compaction, at most
 
 
 class Report(NamedTuple):

@@ -54,9 +54,7 @@ class HeadFile:
     """The head of the database under `prefix`."""
 
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, prefix: str) -> None:
-        self._store = store
-        self._runtime = runtime
-        self._config = config
+        self._store, self._runtime, self._config = store, runtime, config
         self._key = head_key(prefix)
         self._name = f"{store.name}/{self._key}"
         self._lock = threading.Lock()

@@ -13,11 +13,8 @@ from s3blockfs.snapshot import Source
 
 log = logging.getLogger(__name__)
 
-#: A process that writes a database collects its garbage this often; nothing becomes garbage before the retention ends.
-COLLECT_EVERY_S = 3600.0
-
-#: After a job that failed, or that somebody else did.
-PAUSE_S = 60.0
+COLLECT_EVERY_S = 3600.0  # by each process that writes; nothing becomes garbage before the retention ends
+PAUSE_S = 60.0  # after a job that failed, or that somebody else did
 
 
 def clean_up(source: Source, heads: HeadFile, config: Config) -> gc.Report:

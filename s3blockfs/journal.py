@@ -19,8 +19,7 @@ _ALL_RECORDS = 0xFFFFFFFF
 _SECTOR_SIZES = {1 << n for n in range(5, 17)}
 _PAGE_SIZES = {1 << n for n in range(9, 17)}
 
-#: (offset, length) -> bytes, fewer at the end.
-Reader = Callable[[int, int], bytes]
+Reader = Callable[[int, int], bytes]  # (offset, length) -> bytes, fewer at the end
 
 
 def is_hot(first_byte: bytes) -> bool:

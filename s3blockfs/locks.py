@@ -15,15 +15,13 @@ from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-#: The largest offset a lock can name: the kernel's OFFSET_MAX, which stands for "to the end of the file" (`l_len` 0).
-TO_END = 2**63 - 1
+TO_END = 2**63 - 1  # the largest offset of a lock, the kernel's OFFSET_MAX: "to the end of the file" (`l_len` 0)
 
 #: Where SQLite locks a database file: https://sqlite.org/lockingv3.html, `PENDING_BYTE` in its src/os.h.
 PENDING_BYTE, RESERVED_BYTE = 0x40000000, 0x40000001
 SHARED_FIRST, SHARED_SIZE = 0x40000002, 510
 
-#: How often a waiter asks whether its caller gave up, in seconds: a killed process stays until its waiter answers.
-POLL_S = 0.05
+POLL_S = 0.05  # how often a waiter asks whether its caller gave up: a killed process stays until it answers
 
 
 class Kind(Enum):

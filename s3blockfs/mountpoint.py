@@ -16,9 +16,7 @@ from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
 SUBTYPE = "s3blockfs"
 
 FUSE_DEVICE = "/dev/fuse"
-
-#: How long a mount may take to say that it is alive, in seconds.
-ANSWER_S = 10.0
+ANSWER_S = 10.0  # how long a mount may take to say that it is alive
 
 
 def findings() -> Iterator[str]:

@@ -34,9 +34,8 @@ from s3blockfs.snapshot import Source, Version
 DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3", ".s3db", ".sl3")
 SHOWN_SUFFIX = ".sqlite"
 
-#: Heads kept for the time between a look and an open, and names known to be folders or not.
-HEADS_KEPT = 64
-PROBES_KEPT = 100_000
+HEADS_KEPT = 64  # for the time between a look and an open
+PROBES_KEPT = 100_000  # names known to be folders or not
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,7 @@ from s3blockfs.names import SHOWN_SUFFIX, Entry
 from s3blockfs.snapshot import Version
 
 FOLDER = ".snapshots"
-
-#: Files that a database's folder lists at most, the newest ones; others are found by their names.
-LISTED = 1000
+LISTED = 1000  # files that a database's folder shows at most, the newest ones; others are found by their names
 
 #: Past states kept open, and databases whose commits are remembered: reading those takes a GET for each kept head.
 OPENED_KEPT = 8

@@ -21,8 +21,7 @@ from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
-#: A database in doubt asks the store again at most this often.
-SETTLE_EVERY_S = 2.0
+SETTLE_EVERY_S = 2.0  # a database in doubt asks the store no more often
 
 
 class State:

@@ -26,8 +26,7 @@ from s3blockfs.runtime import in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import upload_map
 
-#: Copies under way at a time.
-COPIES = 16
+COPIES = 16  # under way at a time
 
 
 def put_state(

@@ -62,9 +62,7 @@ _CODES: dict[str, dict[Any, type[apsw.Error]]] = {
     "xLock": {errors.Busy: apsw.BusyError, errors.ReadOnly: apsw.ReadOnlyError},
 }
 
-#: How many buckets (with their options) keep client and cache when no connection uses them.
-ENGINES_KEPT = 16
-
+ENGINES_KEPT = 16  # buckets (with their options) that keep client and cache when no connection uses them
 #: By process, bucket and options; the one used last is at the end.
 _engines: dict[tuple[object, ...], tuple[Catalog, Runtime]] = {}
 _lock = threading.Lock()

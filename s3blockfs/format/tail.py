@@ -25,8 +25,7 @@ _RECORD = struct.Struct(">Q16sQQQI")  # seq, commit id, time in ms, size in byte
 _CHUNK = struct.Struct(">QHHB")  # offset, raw length, stored length, codec
 _RAW, _ZLIB, _DELTA = 0, 1, 2
 
-#: (offset, length) -> the last version of that chunk.
-_Latest = dict[tuple[int, int], bytes]
+_Latest = dict[tuple[int, int], bytes]  # (offset, length) -> the last version of that chunk
 
 
 class LogCommit(NamedTuple):
