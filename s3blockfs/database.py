@@ -144,9 +144,7 @@ class Database(State):
         if journal is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
             name = super_journal(journal.read, journal.size)
             if name is not None and foreign(name) and self._discarding is None:
-                with self._changing():
-                    self.finalise_journal(pid)
-                    self._journal_images_committed = False
+                self.finalise_super_journal(name, pid)
             return
         self.close_handle(pid)
 
@@ -381,7 +379,7 @@ class Database(State):
         with self._changing():
             if self.is_dirty:
                 self._side_files.remove(self.path + JOURNAL_SUFFIX)
-            self._view.close()
+            self._view.drop()
         self._lease.done(self)  # an interrupt between lease and lock may have left it in use
         self._lease.give_back()
 

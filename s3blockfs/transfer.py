@@ -13,6 +13,7 @@ The source's objects stay for the retention; a copy that takes longer fails on a
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from s3blockfs import header
 from s3blockfs.blockmap import BlockMap
@@ -29,17 +30,19 @@ from s3blockfs.uploads import upload_map
 COPIES = 16  # under way at a time
 
 
-def put_state(
-    state: Snapshot,
-    origin: Source,
-    target: Source,
-    heads: HeadFile,
-    base: Version | None,
-    name: str | None,
-    writer: str,
-) -> Version:
-    """Make `state`, of `origin`, the next state at `target`, whose head is `base` (None: there is none); `name` is what
-    the new head records. Raises Busy when the target has moved on, DatabaseExists, and what requests raise."""
+class Place(NamedTuple):
+    """Where a state is going to be: what is there now (None: nothing), and the name that the new head records."""
+
+    source: Source
+    heads: HeadFile
+    base: Version | None
+    name: str | None
+
+
+def put_state(state: Snapshot, origin: Source, place: Place, writer: str) -> Version:
+    """Make `state`, of `origin`, the next state there. Raises Busy when that has moved on, DatabaseExists, and what
+    requests raise."""
+    target, base = place.source, place.base
     runtime, store = target.runtime, target.store
     old = None if base is None else base.head
     extents, segments = list(state.map.find(0, 1 << 62)), state.head.segments
@@ -82,7 +85,7 @@ def put_state(
             writer=writer,
             time_ms=time_ms,
             floor=0 if replaced is None else replaced.floor,
-            name=name,
+            name=place.name,
             counter=counter,
             lease=None,
             segments=segments,
@@ -93,8 +96,8 @@ def put_state(
         )
 
     if base is None or base.head.deleted:
-        return heads.create(base, make)
-    return heads.swap(base, make, archives=True)
+        return place.heads.create(base, make)
+    return place.heads.swap(base, make, archives=True)
 
 
 def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_commit: bool = False) -> Version:
@@ -116,30 +119,22 @@ def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_co
         raise DatabaseNotFound(str(error)) from error
 
 
-def rename(
-    origin: Source,
-    heads: HeadFile,
-    state: Snapshot,
-    target: Source,
-    over: HeadFile,
-    base: Version | None,
-    name: str | None,
-    writer: str,
-) -> tuple[Version, Version]:
-    """Move the newest state of `origin` (its head's state) to `target`: the heads of both afterwards."""
-    moved = put_state(state, origin, target, over, base, name, writer)
+def rename(origin: Source, heads: HeadFile, state: Snapshot, place: Place, writer: str) -> tuple[Version, Version]:
+    """Move the newest state of `origin` (its head's state) there: the heads of both afterwards."""
+    moved = put_state(state, origin, place, writer)
     try:
         return bury(origin, heads, state.version, writer, same_commit=True), moved
     except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
         return heads.latest or state.version, moved
     except Busy:
-        _put_back(target, over, base, moved, writer)
+        _put_back(place, moved, writer)
         raise
 
 
-def _put_back(target: Source, heads: HeadFile, base: Version | None, moved: Version, writer: str) -> None:
+def _put_back(place: Place, moved: Version, writer: str) -> None:
     """Undo `put_state`, unless somebody has committed on it: Busy. It is a commit of its own, so that seq goes on."""
+    target, heads, base, _ = place
     if base is None or base.head.deleted:
         bury(target, heads, moved, writer, same_commit=True)
     else:
-        put_state(Snapshot.load(target, base), target, target, heads, moved, base.head.name, writer)
+        put_state(Snapshot.load(target, base), target, Place(target, heads, moved, base.head.name), writer)

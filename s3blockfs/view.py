@@ -85,10 +85,6 @@ class View:
             self.dirty.close()
             self.dirty = self._new_dirty()
 
-    def close(self) -> None:
-        with self._mutex:
-            self.dirty.close()
-
     def _begin(self) -> Uploads:
         if self.uploads is None:
             self.uploads = Uploads(self._source, self._config, self.snapshot.head, self.snapshot.head.seq + 1)
