@@ -1,8 +1,7 @@
 """The block map of one head: which block object holds each block. Immutable; leaves are fetched when first needed.
 
 A block that no extent covers is a hole. A map that has outgrown the head is cut into leaves, of which a commit uploads
-only those it changed.
-"""
+only those it changed."""
 
 from __future__ import annotations
 
@@ -51,9 +50,8 @@ class BlockMap:
     """Sorted, disjoint extents."""
 
     def __init__(self, leaves: Sequence[_Leaf], load: Load) -> None:
-        self._leaves = leaves
+        self._leaves, self._load = leaves, load
         self._firsts = [leaf.first for leaf in leaves]
-        self._load = load
 
     @classmethod
     def of(cls, extents: tuple[Extent, ...], leaves: tuple[LeafRef, ...], load: Load) -> BlockMap:

@@ -4,8 +4,7 @@ Names are never reused, so an entry is valid for ever: below the head there is n
 of one frame share one GET; frames that lie next to each other in one object are fetched by one ranged GET.
 
 Thread rule: any thread. Invariant: a key is in `_inflight` exactly while one thread fetches it; whoever put it there
-resolves its future and removes it, on success and on failure.
-"""
+resolves its future and removes it, on success and on failure."""
 
 import threading
 from collections.abc import Iterable, Sequence

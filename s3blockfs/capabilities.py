@@ -8,8 +8,7 @@ The answer is remembered under the mounted prefix (`.s3blockfs/store`), and that
 4. PUT If-Match: right    must apply, "safe"         412: another prober finished first, or nothing ever matches
 
 Only "safe" is remembered, and it always follows two refusals; an unsafe store is asked again, so that an upgrade shows.
-Every step starts from what a GET found: an unknown outcome, a dead prober and racing probers are all "start over".
-"""
+Every step starts from what a GET found: an unknown outcome, a dead prober and racing probers are all "start over"."""
 
 import json
 from contextlib import suppress

@@ -1,7 +1,6 @@
 """The databases under a bucket's prefix: open ones, creation, renaming, deletion. Names are the matter of `names.py`.
 
-Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import errno
 import os

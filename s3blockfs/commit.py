@@ -3,8 +3,7 @@
 Where the bytes go: everything up to SMALL_COMMIT_BYTES into the tail; else runs of whole blocks of at least
 SMALL_COMMIT_BYTES into block objects, what is left into the tail, or into segments when it is large itself. Within one
 commit a block is either in a block object or in the log, never in both, because both carry the commit's seq.
-One `publish` at a time per database (database.py serialises).
-"""
+One `publish` at a time per database (database.py serialises)."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future

@@ -8,8 +8,7 @@ for durability (journal finalised, fsync without a journal, close). After a comm
 the lock is in *discard mode*: whatever it writes (SQLite's play-back) is dropped until it finalises its journal or
 releases its lock, because the committed state is already right and may even have moved on.
 
-Threads: see `state.py`, which says which committed state is shown.
-"""
+Threads: see `state.py`, which says which committed state is shown."""
 
 import errno
 import logging
@@ -105,9 +104,8 @@ class Database(State):
         self._journal_images_committed = not self.is_dirty
 
     def finalise_journal(self, pid: int) -> None:
-        """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point.
-        Returns when the transaction is durable, or rolled back. Raises when it is not: then the finalisation must fail.
-        """
+        """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point. Returns
+        when the transaction is durable, or rolled back. Raises when it is neither: then the finalisation must fail."""
         with self._changing():
             self._require_settled()
             if any(writer != pid for _, writer in self.locks.writers()):
@@ -335,8 +333,7 @@ class Database(State):
         return self._refused or (self._behind_s is not None and now - self._behind_s >= 2 * self._config.refresh_s)
 
     def _begin_write(self, owner: Hashable) -> None:
-        """A write transaction must start on the newest state, and hold the lease; the snapshot cannot move under the
-        caller's SHARED."""
+        """It must start on the newest state, and hold the lease; the snapshot cannot move under the caller's SHARED."""
         with self._changing():
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell

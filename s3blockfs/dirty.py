@@ -4,8 +4,7 @@ Bytes lie in the spill file at their own offsets, so memory stays constant howev
 never leave the kernel's page cache. They live and die with this process: nothing here ever needs recovery.
 
 The caller serialises all calls. Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, and end
-at or below `size`; bytes of the spill file outside the ranges are never read.
-"""
+at or below `size`; bytes of the spill file outside the ranges are never read."""
 
 import os
 import tempfile

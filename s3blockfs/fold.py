@@ -5,8 +5,7 @@ puts them into the map ("complete to F") and drops the segments. Other commits a
 the higher seq wins, and a fold is given up when a segment that it read is gone, because another fold has then dropped
 what masked older bytes. A fold deletes nothing, also when it fails.
 
-Thread rule: any thread; several folds of one database at once are safe and a waste.
-"""
+Thread rule: any thread; several folds of one database at once are safe and a waste."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace

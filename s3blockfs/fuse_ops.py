@@ -5,8 +5,7 @@ directory locked during create and unlink, so those never look at the mounted pa
 is at hand and no directory is locked.
 
 Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows.
-Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them.
-"""
+Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them."""
 
 import errno
 import logging

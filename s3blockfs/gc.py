@@ -6,8 +6,7 @@ unreachable from one head and its roots, and not above *its* floor, is unreachab
 read, or swapped in, before its roots are listed: then every archive that counts is there already. A reader of a state
 below the floor may meet a 404, which is TooOld.
 
-Thread rule: any thread; several collectors at once are safe.
-"""
+Thread rule: any thread; several collectors at once are safe."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -41,8 +40,7 @@ class Report(NamedTuple):
 
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
-    """Let what was replaced more than `retain_s` ago go. Raises DamagedObject and DatabaseGone (nothing was deleted),
-    StoreError, Unsettled."""
+    """Let what was replaced more than `retain_s` ago go. Raises DamagedObject, DatabaseGone, StoreError, Unsettled."""
     version = heads.stored()
     if version is None:
         return Report()
@@ -85,7 +83,6 @@ def _raise_floor(
     floor = max(revs, default=0) - 1
     if version.head.deleted or not any(version.head.floor < rev <= floor for rev, _ in listed):
         return version
-
     return heads.swap(version, lambda replaced: replace(replaced, floor=max(replaced.floor, floor)))
 
 

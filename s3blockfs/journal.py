@@ -1,8 +1,7 @@
 """Observer of SQLite's rollback journal: is it hot, and do the dirty bytes equal the images it holds? Pure; no I/O.
 
 Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a sequence of segments, each a header
-(28 bytes, padded to the sector size) followed by records: page number, page image, checksum.
-"""
+(28 bytes, padded to the sector size) followed by records: page number, page image, checksum."""
 
 import struct
 from collections.abc import Callable, Iterator

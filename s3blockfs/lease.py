@@ -8,8 +8,7 @@ back soon after the last write lock, or by the commit itself after a long tenure
 No wall clocks: somebody else's lease is taken over only after its nonce was seen unchanged for as long as it says, on a
 clock that counts suspended time. Its holder draws a new nonce with each commit, and meanwhile in long transactions.
 
-Threads: any. `_lock` is held during requests.
-"""
+Threads: any. `_lock` is held during requests."""
 
 import contextlib
 import logging

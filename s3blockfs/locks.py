@@ -5,8 +5,7 @@ owner is FUSE's `lock_owner`, or any hashable. Ranges include both ends. Does no
 
 Thread rule: any thread; only `wait_lock` blocks. Deadlocks are not looked for: a waiter can be interrupted, and SQLite
 never waits. Invariants: an owner's locks are sorted, do not overlap, and adjacent ones of one kind are merged; no byte
-that one owner holds for WRITE is held by another.
-"""
+that one owner holds for WRITE is held by another."""
 
 import errno
 import fcntl

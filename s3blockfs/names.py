@@ -4,8 +4,7 @@ A database with prefix `a/b.sqlite` is the file `a/b.sqlite`; one whose last par
 as `tenants/acme.sqlite` and found under both names, unless its head records that it was created under its exact name.
 Exact names win. Prefixes above databases are folders.
 
-Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import errno
 import os

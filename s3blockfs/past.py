@@ -1,8 +1,7 @@
 """`.snapshots`, a folder in a mount's root that no listing shows: every commit that can be opened as a file of its own.
 
 `.snapshots/a/b.db/12.sqlite` is what `a/b.db` held right after commit 12, and never changes; a named snapshot is a link
-to one of these. Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+to one of these. Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import threading
 from collections.abc import Sequence

@@ -26,8 +26,7 @@ class SideFile(UnlinkedFile):
 
     def __init__(self, folder: str, path: str) -> None:
         super().__init__(folder)
-        self.path = path
-        self.linked = True
+        self.path, self.linked = path, True
 
     @property
     def size(self) -> int:

@@ -4,8 +4,7 @@ Look-up is by seq: a log entry counts for a block only if its seq is higher than
 complete to; older entries are covered by newer ones when the index is built. A commit that cut the file masks older
 bytes beyond its `cut`, in the log (removed when the index is built) and in the base (`Cut`).
 
-Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), finding a newer head (head.py).
-"""
+Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), finding a newer head (head.py)."""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ everything that changes state, `_mutex` protects single moments and is never hel
 _gate > _writing > _mutex.
 
 Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or published. `on_moved` is called after the
-snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight.
-"""
+snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight."""
 
 import contextlib
 import logging
@@ -29,17 +28,13 @@ class State:
 
     def __init__(self, source: Source, heads: HeadFile, config: Config, version: Version) -> None:
         self._source, self._heads, self._config = source, heads, config
-        self._gate = threading.RLock()
-        self._writing = threading.RLock()
-        self._depth = 0
-        self._moved = False
-        self._mutex = threading.Lock()
+        self._gate, self._writing, self._mutex = threading.RLock(), threading.RLock(), threading.Lock()
+        self._depth, self._moved = 0, False
         self._unloaded: Version | None = None
         self._view = View(source, config, Snapshot.load(source, version))
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
-        self._settling = False
-        self._settle_after = 0.0
+        self._settling, self._settle_after = False, 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None

@@ -8,8 +8,7 @@
    caller hears Busy; if the target has moved on, too, both are kept. A crash leaves both, never neither; nor does a
    source that others deleted meanwhile.
 
-The source's objects stay for the retention; a copy that takes longer fails on a missing object.
-"""
+The source's objects stay for the retention; a copy that takes longer fails on a missing object."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,8 +39,7 @@ class Place(NamedTuple):
 
 
 def put_state(state: Snapshot, origin: Source, place: Place, writer: str) -> Version:
-    """Make `state`, of `origin`, the next state there. Raises Busy when that has moved on, DatabaseExists, and what
-    requests raise."""
+    """Make `state`, of `origin`, the next state there. Raises Busy (that has moved on), DatabaseExists, StoreError."""
     target, base = place.source, place.base
     runtime, store = target.runtime, target.store
     old = None if base is None else base.head

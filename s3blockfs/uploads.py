@@ -1,7 +1,6 @@
 """The data objects of one transaction or fold on their way to S3: in parallel, within a memory bound, before the swap.
 
-Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs run on I/O threads.
-"""
+Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs run on I/O threads."""
 
 from collections import deque
 from collections.abc import Sequence

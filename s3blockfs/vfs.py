@@ -8,8 +8,7 @@ Errors: at a commit point SQLite must get SQLITE_IOERR or SQLITE_FULL. After any
 full of what was never committed (pager.c, pager_error), and after SQLITE_BUSY a second COMMIT reports success. The text
 and the `__cause__` of what the application gets say what really happened.
 
-Threads: any. Forks: a connection belongs to the process that opened it.
-"""
+Threads: any. Forks: a connection belongs to the process that opened it."""
 
 import atexit
 import errno
@@ -308,9 +307,7 @@ class _DatabaseFile(_File):
 
     def __init__(self, catalog: Catalog, database: Database, readahead: Readahead) -> None:
         super().__init__()
-        self.database = database
-        self.readahead = readahead
-        self._catalog = catalog
+        self._catalog, self.database, self.readahead = catalog, database, readahead
         self._interrupts: list[BaseException] = []
 
     def xRead(self, amount: int, offset: int) -> bytes:
@@ -387,8 +384,7 @@ class _SideFile(_File):
 
     def __init__(self, side: SideFile, owner: _DatabaseFile | None) -> None:
         super().__init__()
-        self._side = side
-        self._owner = owner
+        self._side, self._owner = side, owner
 
     def xRead(self, amount: int, offset: int) -> bytes:
         return self._side.read(offset, amount)
@@ -420,8 +416,7 @@ class _Serialized(io.RawIOBase):
     """The bytes of a database, from start to end."""
 
     def __init__(self, file: _DatabaseFile) -> None:
-        self._file = file
-        self._position = 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True

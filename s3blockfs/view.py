@@ -1,8 +1,7 @@
 """What local users of a database see: uncommitted bytes over a committed snapshot. Bytes only; no rules, no file locks.
 
 Threads: `read` and the properties from any thread; whatever changes something is serialised by the caller. `_mutex`
-protects single moments and is never held during a request to the store. `uploads` is set exactly while it is dirty.
-"""
+protects single moments and is never held during a request to the store. `uploads` is set exactly while it is dirty."""
 
 import threading
 
