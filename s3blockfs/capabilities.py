@@ -41,8 +41,7 @@ def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
     Raises ReadOnly when it is not safe, StoreUnavailable when no definite answer could be had, and what GET and PUT
     raise (AccessDenied with read-only credentials)."""
-    wrong = _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)
-    if wrong is not None:
+    if (wrong := _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)) is not None:
         raise errors.ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
 
 

@@ -48,8 +48,7 @@ class Catalog(Names):
 
     def open(self, path: str) -> Database:
         """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self.lookup(path)) is None or entry.is_folder:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
         database = self._take(entry.prefix)
         if database is None:
@@ -164,8 +163,7 @@ class Catalog(Names):
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
         DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
         (EISDIR, ENOTDIR, ENOTEMPTY, EINVAL)."""
-        entry = self.lookup(old)
-        if entry is not None and entry.is_folder:
+        if (entry := self.lookup(old)) is not None and entry.is_folder:
             if f"{new}/".startswith(f"{old}/"):
                 raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")
             if self.lookup(new) is not None:
@@ -197,8 +195,7 @@ class Catalog(Names):
     def _place(self, path: str, overwrite: bool) -> Place:
         """For a database that is going to be under this name."""
         self.require_writable()
-        entry = self.lookup(path)
-        if entry is not None and entry.is_folder:
+        if (entry := self.lookup(path)) is not None and entry.is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         prefix = join(self._root, path) if entry is None else entry.prefix
         check_prefix(prefix)
@@ -268,8 +265,7 @@ class Catalog(Names):
     def _add(self, prefix: str, version: Version) -> Database:
         database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
         with self._lock:
-            held = self._open.get(prefix)
-            if held is None or held.is_gone:
+            if (held := self._open.get(prefix)) is None or held.is_gone:
                 return self._use(database)
             self._use(held)  # another thread was faster: there is only one per prefix
         database.close()

@@ -117,8 +117,7 @@ class Database(State):
                 return
             if self._is_clean():
                 return
-            journal = self._journal()
-            if journal is not None and self._was_rolled_back(journal):
+            if (journal := self._journal()) is not None and self._was_rolled_back(journal):
                 self._view.drop()
                 self._moved = True  # the change counter in the kernel's copy may be another one
                 return
@@ -129,8 +128,7 @@ class Database(State):
         SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
         because another database failed, the play-back is published as a compensating commit."""
         with self._changing():
-            journal = self._journal()
-            if journal is not None and super_journal(journal.read, journal.size) == name:
+            if (journal := self._journal()) is not None and super_journal(journal.read, journal.size) == name:
                 self.finalise_journal(pid)
                 self._journal_images_committed = False
 
@@ -138,8 +136,7 @@ class Database(State):
         """fsync of the database file by process `pid`: the commit point when there is no journal.
         Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see."""
         self._require_settled()
-        journal = self._journal()
-        if journal is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
+        if (journal := self._journal()) is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
             name = super_journal(journal.read, journal.size)
             if name is not None and foreign(name) and self._discarding is None:
                 self.finalise_super_journal(name, pid)
@@ -200,8 +197,7 @@ class Database(State):
         """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""
         if pid not in [writer for owner, writer in self.locks.writers() if self.locks.level(owner) is Level.EXCLUSIVE]:
             return
-        size = header.file_size(self.read(0, header.HEADER_BYTES))
-        if size is not None and size < self.size:
+        if (size := header.file_size(self.read(0, header.HEADER_BYTES))) is not None and size < self.size:
             self.truncate(size)
 
     # --- locks -----------------------------------------------------------------------------------------

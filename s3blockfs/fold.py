@@ -104,8 +104,7 @@ def _touched(log: Log, block_map: BlockMap) -> set[int]:
     size = log.block_size
     touched = set()
     for block, pieces in log.overlay.items():
-        home = _home(block_map, block)
-        if home is None or any(piece.seq > home.seq for piece in pieces):
+        if (home := _home(block_map, block)) is None or any(piece.seq > home.seq for piece in pieces):
             touched.add(block)
     for cut in log.cuts:
         home = _home(block_map, cut.at // size) if cut.at % size and cut.at < (log.size or 0) else None

@@ -128,15 +128,13 @@ class FileSystem(Operations):
             is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
             if not is_link:
                 return self._attributes(database)
-        entry = self._names.lookup(path)
-        if entry is None:
+        if (entry := self._names.lookup(path)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)
 
     def readlink(self, path: str) -> str:
         """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
-        entry = self._names.lookup(path)
-        if entry is None or entry.shown_as is None:
+        if (entry := self._names.lookup(path)) is None or entry.shown_as is None:
             raise OSError(errno.EINVAL, f"{path}: not a link")
         return entry.shown_as
 
@@ -380,8 +378,7 @@ class FileSystem(Operations):
         return self._catalog.opened_at(stem) if stem != side.path else None
 
     def _side(self, path: str) -> SideFile:
-        side = self._catalog.side_files.get(self._side_path(path))
-        if side is None:
+        if (side := self._catalog.side_files.get(self._side_path(path))) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return side
 

@@ -41,8 +41,7 @@ class Report(NamedTuple):
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     """Let what was replaced more than `retain_s` ago go. Raises DamagedObject, DatabaseGone, StoreError, Unsettled."""
-    version = heads.stored()
-    if version is None:
+    if (version := heads.stored()) is None:
         return Report()
     listed = [
         (rev, entry)
@@ -55,8 +54,7 @@ def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     try:
         reachable, extents = _reachable(source, version)
     except DamagedObject:
-        now = heads.stored()
-        if now is None or now.head.floor > head.floor:
+        if (now := heads.stored()) is None or now.head.floor > head.floor:
             return Report()  # another collector was faster, and did what was to be done
         raise
     dead = [entry for rev, entry in listed if rev <= head.floor and entry.key not in reachable]

@@ -19,8 +19,7 @@ PAUSE_S = 60.0  # after a job that failed, or that somebody else did
 
 def clean_up(source: Source, heads: HeadFile, config: Config) -> gc.Report:
     """Fold what is due, delete what is older than the retention, move what lies in mostly dead objects."""
-    version = heads.stored()
-    if version is not None and is_due(version.head):
+    if (version := heads.stored()) is not None and is_due(version.head):
         fold(source, heads, config, version)
     report = gc.collect(source, heads, config.retain_s)
     version = heads.latest

@@ -64,8 +64,7 @@ class Lease:
 
     def rest(self) -> None:
         """Before a write transaction: after a long tenure let others in first."""
-        left_s = self._rest_until_s - self._runtime.monotonic()
-        if left_s > 0:
+        if (left_s := self._rest_until_s - self._runtime.monotonic()) > 0:
             self._runtime.sleep(left_s)
 
     def take(self, user: Hashable, base: Version) -> None:

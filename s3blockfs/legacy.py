@@ -221,8 +221,7 @@ class AnyHead(HeadFile):
     def read_if_changed(self, known: Version) -> Version:
         if known.snapshot is None:
             return super().read_if_changed(known)
-        found = self.read(known)
-        if found is None:
+        if (found := self.read(known)) is None:
             raise errors.DatabaseGone(f"{self._name}: the database was deleted by another program")
         return found
 

@@ -64,8 +64,7 @@ class RangeLocks:
     def try_lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> Lock | None:
         """F_SETLK: None when granted (in place of what `owner` held there), else what is in the way."""
         with self._changed:
-            conflict = self.test(owner, kind, start, end)
-            if conflict is None:
+            if (conflict := self.test(owner, kind, start, end)) is None:
                 self._replace(owner, start, end, Lock(owner, kind, start, end, pid))
             return conflict
 

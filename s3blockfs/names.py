@@ -79,8 +79,7 @@ class Names:
                 return entry
             hidden = self._head(prefix + SHOWN_SUFFIX) is not None
             return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
-        alias = undotted(path)
-        if alias is not None:
+        if (alias := undotted(path)) is not None:
             version = self._head(prefix := join(self._root, alias))
             if version is not None and not version.head.deleted and version.head.name is None:
                 return _entry(prefix, version)
@@ -128,8 +127,7 @@ class Names:
 
     def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
-        entry = self.lookup(path)
-        if entry is not None and not entry.is_folder:
+        if (entry := self.lookup(path)) is not None and not entry.is_folder:
             source, heads = self.at(entry.prefix)
             version = heads.read()
             if version is not None and not version.head.deleted:
@@ -152,8 +150,7 @@ class Names:
 
     def remove_folder(self, path: str) -> None:
         """Raises DatabaseNotFound when there is no such folder, OSError (ENOTEMPTY; EBUSY for the root)."""
-        entry = self.lookup(path)
-        if entry is None:
+        if (entry := self.lookup(path)) is None:
             raise errors.DatabaseNotFound(f"{self._label(path)}: no such folder")
         if not entry.is_folder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
@@ -196,8 +193,7 @@ class Names:
     def _head(self, prefix: str) -> Version | None:
         """The head, at most as old as the refresh interval; None when there is none."""
         now = self._runtime.monotonic()
-        shown = self._shown(prefix)
-        if shown is not None:
+        if (shown := self._shown(prefix)) is not None:
             return shown
         with self._lock:
             known = self._heads.get(prefix)

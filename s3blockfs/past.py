@@ -35,8 +35,7 @@ class MountedNames:
 
     def lookup(self, path: str) -> Entry | None:
         """What it is, or None. Raises what reading heads raises."""
-        below = _below(path)
-        if below is None:
+        if (below := _below(path)) is None:
             return self._catalog.lookup(path[1:])
         folder, _, name = below.rpartition("/")
         if name.endswith(SHOWN_SUFFIX) and (states := self._states(folder, name)) is not None:
@@ -46,8 +45,7 @@ class MountedNames:
 
     def listing(self, path: str) -> Sequence[tuple[str, Entry]]:
         """(name, entry) of everything in a folder. Raises what reading heads raises."""
-        below = _below(path)
-        if below is None:
+        if (below := _below(path)) is None:
             return [each for each in self._catalog.listing(path[1:]) if path != "/" or each[0] != FOLDER]
         if (states := self._states(below)) is not None:
             return list(states.items())[:LISTED]
@@ -57,8 +55,7 @@ class MountedNames:
         """Of the past, one that the catalog does not know. Raises DatabaseNotFound, and what reading raises."""
         if _below(path) is None:
             return self._catalog.open(path[1:])
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self.lookup(path)) is None or entry.is_folder:
             raise DatabaseNotFound(f"{path}: no such commit")
         with self._lock:
             opened = self._opened.get(path)
@@ -78,8 +75,7 @@ class MountedNames:
     def _states(self, path: str, wanted: str = "") -> dict[str, Entry] | None:
         """The files in the folder of a database, links first, then the newest; None when it is no database. A commit
         that is `wanted` and known stays what it was, so the store is not asked whether there are newer ones."""
-        entry = self._catalog.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self._catalog.lookup(path)) is None or entry.is_folder:
             return None
         with self._lock:
             known, states = self._histories.get(entry.prefix, (None, {}))

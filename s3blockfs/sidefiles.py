@@ -62,8 +62,7 @@ class SideFiles:
 
     def remove(self, path: str) -> None:
         """Unlink it, if it is there."""
-        found = self._files.pop(path, None)
-        if found is not None:
+        if (found := self._files.pop(path, None)) is not None:
             found.linked = False
 
     def close(self) -> None:

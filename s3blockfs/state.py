@@ -84,8 +84,7 @@ class State:
         if self._doubt is not None:
             self._settle_soon()
             raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
-        version = self._unloaded
-        if version is not None:
+        if (version := self._unloaded) is not None:
             snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
             with self._mutex:
                 if self._unloaded is version:

@@ -207,8 +207,7 @@ class S3VFS(apsw.VFS):
             if self._config.read_only or at is not None:
                 flags[1] = apsw.SQLITE_OPEN_READONLY
             return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path, at)
-        side = self.catalog.side_files.get(path)
-        if side is None and not wanted & apsw.SQLITE_OPEN_CREATE:
+        if (side := self.catalog.side_files.get(path)) is None and not wanted & apsw.SQLITE_OPEN_CREATE:
             raise apsw.CantOpenError(f"{path}: no such journal")
         return _SideFile(side or self.catalog.side_files.create(path), _owner(path))
 

@@ -43,10 +43,8 @@ class View:
         if len(own) == 1 and len(own[0][1]) == end - offset:
             return own[0][1]
         data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
-        if readahead is not None:
-            ahead = readahead.next_range(offset, length, snapshot.head.size)
-            if ahead is not None:
-                snapshot.prefetch(*ahead)
+        if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
+            snapshot.prefetch(*ahead)
         if not own and len(data) == end - offset:
             return data
         merged = bytearray(data.ljust(end - offset, b"\0"))
