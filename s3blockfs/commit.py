@@ -25,8 +25,7 @@ from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_p
 from s3blockfs.uploads import Uploads, build_segment, upload_map
 from s3blockfs.view import View
 
-#: A commit with more bytes than this does not go into the tail: it would be uploaded again with every later commit.
-SMALL_COMMIT_BYTES = 256 * KIB
+SMALL_COMMIT_BYTES = 256 * KIB  # more do not go into the tail: they would be uploaded again with every later commit
 
 #: The tail is rolled into a segment in the background beyond the first size, and a commit waits beyond the second.
 ROLL_BYTES = 256 * KIB

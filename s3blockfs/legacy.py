@@ -13,8 +13,6 @@ misses the rest of a journal, and rolls back in part: measured. Here it is rolle
 Thread rule: any thread. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging
