@@ -2,7 +2,6 @@
 or a hot journal beside the file."""
 
 import uuid
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ import apsw
 
 from s3blockfs.database import Database
 from s3blockfs.errors import Busy, UsageError
+from s3blockfs.runtime import Progress
 
-#: How long to wait for a program that is writing.
-PATIENCE_MS = 60_000
-
-#: Copied at a time.
-STEP_PAGES = 256
+PATIENCE_MS = 60_000  # for a program that is writing
+STEP_PAGES = 256  # copied at a time
 
 
-def back_up(file: str, database: Database, report: Callable[[int, int], None]) -> None:
+def back_up(file: str, database: Database, report: Progress) -> None:
     """Make it the uncommitted state of `database`, which is empty. `report` hears of pages (done, in all).
     Raises UsageError, Busy, and what writing raises."""
     sink = _Sink(database)

@@ -1,8 +1,7 @@
 """The block map of one head: which block object holds each block. Immutable; leaves are fetched when first needed.
 
 A block that no extent covers is a hole. A map that has outgrown the head is cut into leaves, of which a commit uploads
-only those it changed.
-"""
+only those it changed."""
 
 from __future__ import annotations
 
@@ -16,11 +15,8 @@ from typing import NamedTuple
 from s3blockfs.format import extents as codec
 from s3blockfs.format.extents import INLINE_MAP_BYTES, LEAF_EXTENTS, Extent, LeafRef
 
-#: Beyond every block.
-NO_END = 1 << 62
-
-#: Fetches and decodes one leaf; it may raise whatever a GET raises.
-Load = Callable[[LeafRef], tuple[Extent, ...]]
+NO_END = 1 << 62  # beyond every block
+Load = Callable[[LeafRef], tuple[Extent, ...]]  # fetches and decodes one leaf; raises whatever a GET raises
 
 
 class _Leaf:
@@ -29,9 +25,7 @@ class _Leaf:
     __slots__ = ("_extents", "_lock", "first", "ref")
 
     def __init__(self, first: int, ref: LeafRef | None, extents: tuple[Extent, ...] | None) -> None:
-        self.first = first
-        self.ref = ref
-        self._extents = extents
+        self.first, self.ref, self._extents = first, ref, extents
         self._lock = threading.Lock()
 
     def extents(self, load: Load) -> tuple[Extent, ...]:
@@ -56,9 +50,8 @@ class BlockMap:
     """Sorted, disjoint extents."""
 
     def __init__(self, leaves: Sequence[_Leaf], load: Load) -> None:
-        self._leaves = leaves
+        self._leaves, self._load = leaves, load
         self._firsts = [leaf.first for leaf in leaves]
-        self._load = load
 
     @classmethod
     def of(cls, extents: tuple[Extent, ...], leaves: tuple[LeafRef, ...], load: Load) -> BlockMap:

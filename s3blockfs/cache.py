@@ -4,8 +4,7 @@ Names are never reused, so an entry is valid for ever: below the head there is n
 of one frame share one GET; frames that lie next to each other in one object are fetched by one ranged GET.
 
 Thread rule: any thread. Invariant: a key is in `_inflight` exactly while one thread fetches it; whoever put it there
-resolves its future and removes it, on success and on failure.
-"""
+resolves its future and removes it, on success and on failure."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,6 @@ from s3blockfs.runtime import Runtime
 #: time as 1.5 MB, in money as much as nothing; but bytes of other frames are thrown away.
 MAX_GAP_BYTES = 64 * 1024
 
-
 _Key = tuple[str, ObjectRef, int]  # prefix, object, byte in it
 
 
@@ -36,9 +34,7 @@ class BlockCache:
 
     def __init__(self, store: ObjectStore, runtime: Runtime, capacity_bytes: int, patience_s: float) -> None:
         """`patience_s` bounds the wait for a GET that another thread is making."""
-        self._store = store
-        self._runtime = runtime
-        self._patience_s = patience_s
+        self._store, self._runtime, self._patience_s = store, runtime, patience_s
         self._lock = threading.Lock()
         self._frames: LRUCache[_Key, bytes] = LRUCache(capacity_bytes, getsizeof=len)
         self._inflight: dict[_Key, Future[bytes]] = {}

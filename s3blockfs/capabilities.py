@@ -8,8 +8,7 @@ The answer is remembered under the mounted prefix (`.s3blockfs/store`), and that
 4. PUT If-Match: right    must apply, "safe"         412: another prober finished first, or nothing ever matches
 
 Only "safe" is remembered, and it always follows two refusals; an unsafe store is asked again, so that an upgrade shows.
-Every step starts from what a GET found: an unknown outcome, a dead prober and racing probers are all "start over".
-"""
+Every step starts from what a GET found: an unknown outcome, a dead prober and racing probers are all "start over"."""
 
 import json
 from contextlib import suppress
@@ -42,8 +41,7 @@ def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
     Raises ReadOnly when it is not safe, StoreUnavailable when no definite answer could be had, and what GET and PUT
     raise (AccessDenied with read-only credentials)."""
-    wrong = _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)
-    if wrong is not None:
+    if (wrong := _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)) is not None:
         raise errors.ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
 
 

@@ -1,7 +1,6 @@
 """The databases under a bucket's prefix: open ones, creation, renaming, deletion. Names are the matter of `names.py`.
 
-Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import errno
 import os
@@ -20,7 +19,6 @@ from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, check_prefix, join
 from s3blockfs.format.tail import LogCommit, Tail
-from s3blockfs.head import HeadFile
 from s3blockfs.history import open_at
 from s3blockfs.lease import Lease
 from s3blockfs.legacy import report_stale
@@ -28,13 +26,10 @@ from s3blockfs.names import Names, undotted
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 from s3blockfs.snapshot import Snapshot, Source, Version
-from s3blockfs.transfer import bury, put_state, rename
+from s3blockfs.transfer import Place, bury, put_state, rename
 
-#: How often leases and the like are looked after; without requests unless something is due.
-TICK_S = 0.25
-
-#: Closed databases kept with their decoded heads.
-IDLE_KEPT = 64
+TICK_S = 0.25  # how often leases and the like are looked after; without requests unless something is due
+IDLE_KEPT = 64  # closed databases, with their decoded heads
 
 
 class Catalog(Names):
@@ -53,8 +48,7 @@ class Catalog(Names):
 
     def open(self, path: str) -> Database:
         """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self.lookup(path)) is None or entry.is_folder:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
         database = self._take(entry.prefix)
         if database is None:
@@ -169,8 +163,7 @@ class Catalog(Names):
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
         DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
         (EISDIR, ENOTDIR, ENOTEMPTY, EINVAL)."""
-        entry = self.lookup(old)
-        if entry is not None and entry.is_folder:
+        if (entry := self.lookup(old)) is not None and entry.is_folder:
             if f"{new}/".startswith(f"{old}/"):
                 raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")
             if self.lookup(new) is not None:
@@ -180,31 +173,29 @@ class Catalog(Names):
                 self.rename(f"{old}/{inner}", f"{new}/{inner}")
             return self.remove_folder(old)
         source, heads, version = self.find(old)
-        target, over, base, name = self._target(new, overwrite)
-        self._require_idle(source, target)
-        if source.prefix != target.prefix:
+        place = self._place(new, overwrite)
+        self._require_idle(source, place.source)
+        if source.prefix != place.source.prefix:
             state = Snapshot.load(source, heads.convert(version))
-            buried, moved = rename(source, heads, state, target, over, base, name, self._writer)
+            buried, moved = rename(source, heads, state, place, self._writer)
             self._replaced(source.prefix, buried)
-            self._replaced(target.prefix, moved)
+            self._replaced(place.source.prefix, moved)
         return None
 
     def copy(self, old: str, new: str, overwrite: bool = False, at: int | str | None = None) -> None:
         """The newest state of a database, or an earlier one (see `open_at`), becomes the next one under the name `new`.
         Raises DatabaseNotFound, DatabaseExists, TooOld, Busy, UsageError."""
-        source, from_heads, version = self.find(old)
-        target, heads, base, name = self._target(new, overwrite)
-        self._require_idle(target)
-        version = from_heads.convert(version)
-        state = Snapshot.load(source, version) if at is None else open_at(source, from_heads, at)
-        made = put_state(state, source, target, heads, base, name, self._writer)
-        self._replaced(target.prefix, made)
+        source, heads, version = self.find(old)
+        place = self._place(new, overwrite)
+        self._require_idle(place.source)
+        version = heads.convert(version)
+        state = Snapshot.load(source, version) if at is None else open_at(source, heads, at)
+        self._replaced(place.source.prefix, put_state(state, source, place, self._writer))
 
-    def _target(self, path: str, overwrite: bool) -> tuple[Source, HeadFile, Version | None, str | None]:
-        """(place, head, what it holds, name to record) for a database that is going to be under this name."""
+    def _place(self, path: str, overwrite: bool) -> Place:
+        """For a database that is going to be under this name."""
         self.require_writable()
-        entry = self.lookup(path)
-        if entry is not None and entry.is_folder:
+        if (entry := self.lookup(path)) is not None and entry.is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         prefix = join(self._root, path) if entry is None else entry.prefix
         check_prefix(prefix)
@@ -214,7 +205,8 @@ class Catalog(Names):
         live = base is not None and not base.head.deleted
         if live and not overwrite:
             raise DatabaseExists(f"{self._label(path)}: exists")
-        return self._source(prefix), heads, base, base.head.name if base and live else path.rpartition("/")[2]
+        name = base.head.name if base and live else path.rpartition("/")[2]
+        return Place(self._source(prefix), heads, base, name)
 
     def _require_idle(self, *places: Source) -> None:
         with self._lock:
@@ -265,7 +257,7 @@ class Catalog(Names):
             if self._stop_ticking is None:
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
-        publisher = Publisher(source, lease, self._config, self._writer)
+        publisher = Publisher(source, lease, self._writer)
         database = kind(source, lease, publisher, self._config, version, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database
@@ -273,8 +265,7 @@ class Catalog(Names):
     def _add(self, prefix: str, version: Version) -> Database:
         database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
         with self._lock:
-            held = self._open.get(prefix)
-            if held is None or held.is_gone:
+            if (held := self._open.get(prefix)) is None or held.is_gone:
                 return self._use(database)
             self._use(held)  # another thread was faster: there is only one per prefix
         database.close()

@@ -1,6 +1,6 @@
 """Is everything there that a database and its past need, whole, and can every byte of it be read? Changes nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 
@@ -10,14 +10,10 @@ from s3blockfs.format.data import OBJECT_BYTES, decode_object
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.head import HeadFile
 from s3blockfs.history import roots
-from s3blockfs.runtime import in_flight
+from s3blockfs.runtime import Progress, in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 
-#: Whole objects in memory at a time.
-AT_A_TIME = 8
-
-#: Called with (bytes or objects done, in all).
-Progress = Callable[[int, int], None]
+AT_A_TIME = 8  # whole objects in memory
 
 
 def findings(source: Source, heads: HeadFile, version: Version, report: Progress) -> list[str]:

@@ -3,8 +3,7 @@
 Where the bytes go: everything up to SMALL_COMMIT_BYTES into the tail; else runs of whole blocks of at least
 SMALL_COMMIT_BYTES into block objects, what is left into the tail, or into segments when it is large itself. Within one
 commit a block is either in a block object or in the log, never in both, because both carry the commit's seq.
-One `publish` at a time per database (database.py serialises).
-"""
+One `publish` at a time per database (database.py serialises)."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -15,7 +14,7 @@ from itertools import groupby
 
 from s3blockfs import header, metrics
 from s3blockfs.blockmap import BlockMap, EncodedMap
-from s3blockfs.config import KIB, MIB, Config
+from s3blockfs.config import KIB, MIB
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
@@ -26,36 +25,25 @@ from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_p
 from s3blockfs.uploads import Uploads, build_segment, upload_map
 from s3blockfs.view import View
 
-#: A commit with more bytes than this does not go into the tail: it would be uploaded again with every later commit.
-SMALL_COMMIT_BYTES = 256 * KIB
+SMALL_COMMIT_BYTES = 256 * KIB  # more do not go into the tail: they would be uploaded again with every later commit
 
 #: The tail is rolled into a segment in the background beyond the first size, and a commit waits beyond the second.
 ROLL_BYTES = 256 * KIB
 FULL_TAIL_BYTES = MIB
 ROLL_RAW_BYTES = 16 * MIB
 ROLL_COMMITS = 1024
+ROLL_SEGMENTS = 8  # of large commits whose records are still in the tail, which holds up their fold
 
-#: Large commits whose records are still in the tail hold up the fold of their segments: this many start a roll.
-ROLL_SEGMENTS = 8
-
-#: Stands for the ETag of a head that is not the newest any more: it never matches.
-SUPERSEDED = '"superseded"'
+SUPERSEDED = '"superseded"'  # the ETag of a head that is not the newest any more: it never matches
 
 
 class Publisher:
     """Publishes the transactions of one database."""
 
-    def __init__(self, source: Source, lease: Lease, config: Config, writer: str) -> None:
-        self._source = source
-        self._lease = lease
-        self._config = config
-        self._writer = writer
+    def __init__(self, source: Source, lease: Lease, writer: str) -> None:
+        self._source, self._lease, self._writer = source, lease, writer
         self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
         """A segment that holds the commits of these records, waiting to ride on the next head."""
-
-    def uploads(self, base: Snapshot) -> Uploads:
-        """For a transaction that starts on `base`."""
-        return Uploads(self._source, self._config, base.head, base.head.seq + 1)
 
     @metrics.FAILED_COMMITS.count_exceptions()
     def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:

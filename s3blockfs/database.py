@@ -8,8 +8,7 @@ for durability (journal finalised, fsync without a journal, close). After a comm
 the lock is in *discard mode*: whatever it writes (SQLite's play-back) is dropped until it finalises its journal or
 releases its lock, because the committed state is already right and may even have moved on.
 
-Threads: see `state.py`, which says which committed state is shown.
-"""
+Threads: see `state.py`, which says which committed state is shown."""
 
 import errno
 import logging
@@ -31,13 +30,9 @@ from s3blockfs.state import State
 
 log = logging.getLogger(__name__)
 
-#: Readers that keep an old state shown for so long belong to one process that never gets rid of all of them.
-LONG_BEHIND_S = 2.0
-
+LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
+REFRESH_PAUSE_S = 5.0  # after a refresh that failed, cached data is served so long before the store is asked again
 SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
-
-#: After a refresh that failed, cached data is served this long before the store is asked again.
-REFRESH_PAUSE_S = 5.0
 
 
 class Database(State):
@@ -54,12 +49,10 @@ class Database(State):
         path: str,
     ) -> None:
         """`path` is where its side files lie; `version` a head that is no tombstone."""
-        super().__init__(source, lease.heads, config, version, publisher.uploads)
-        self._lease = lease
+        super().__init__(source, lease.heads, config, version)
+        self._lease, self._publisher, self._side_files = lease, publisher, side_files
         self._housekeeper = Housekeeper(source, lease.heads, config)
         self._wrote = False
-        self._publisher = publisher
-        self._side_files = side_files
         self.publishing = False
         self._discarding: Hashable | None = None
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
@@ -111,9 +104,8 @@ class Database(State):
         self._journal_images_committed = not self.is_dirty
 
     def finalise_journal(self, pid: int) -> None:
-        """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point.
-        Returns when the transaction is durable, or rolled back. Raises when it is not: then the finalisation must fail.
-        """
+        """The journal is about to be unlinked, truncated or zeroed by process `pid`: SQLite's commit point. Returns
+        when the transaction is durable, or rolled back. Raises when it is neither: then the finalisation must fail."""
         with self._changing():
             self._require_settled()
             if any(writer != pid for _, writer in self.locks.writers()):
@@ -125,8 +117,7 @@ class Database(State):
                 return
             if self._is_clean():
                 return
-            journal = self._journal()
-            if journal is not None and self._was_rolled_back(journal):
+            if (journal := self._journal()) is not None and self._was_rolled_back(journal):
                 self._view.drop()
                 self._moved = True  # the change counter in the kernel's copy may be another one
                 return
@@ -137,8 +128,7 @@ class Database(State):
         SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
         because another database failed, the play-back is published as a compensating commit."""
         with self._changing():
-            journal = self._journal()
-            if journal is not None and super_journal(journal.read, journal.size) == name:
+            if (journal := self._journal()) is not None and super_journal(journal.read, journal.size) == name:
                 self.finalise_journal(pid)
                 self._journal_images_committed = False
 
@@ -146,13 +136,10 @@ class Database(State):
         """fsync of the database file by process `pid`: the commit point when there is no journal.
         Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see."""
         self._require_settled()
-        journal = self._journal()
-        if journal is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
+        if (journal := self._journal()) is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
             name = super_journal(journal.read, journal.size)
             if name is not None and foreign(name) and self._discarding is None:
-                with self._changing():
-                    self.finalise_journal(pid)
-                    self._journal_images_committed = False
+                self.finalise_super_journal(name, pid)
             return
         self.close_handle(pid)
 
@@ -210,8 +197,7 @@ class Database(State):
         """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""
         if pid not in [writer for owner, writer in self.locks.writers() if self.locks.level(owner) is Level.EXCLUSIVE]:
             return
-        size = header.file_size(self.read(0, header.HEADER_BYTES))
-        if size is not None and size < self.size:
+        if (size := header.file_size(self.read(0, header.HEADER_BYTES))) is not None and size < self.size:
             self.truncate(size)
 
     # --- locks -----------------------------------------------------------------------------------------
@@ -320,8 +306,8 @@ class Database(State):
 
     def _newest(self, now: float) -> Version:
         """`self.version` itself when there is nothing newer, or when that cannot be told now."""
-        if self._lease.is_held and self._lease.heads.latest is not None:
-            return self._lease.heads.latest
+        if self._lease.is_held and self._heads.latest is not None:
+            return self._heads.latest
         try:
             version = self._heads.read_if_changed(self.version)
             self.checked_s = now
@@ -343,8 +329,7 @@ class Database(State):
         return self._refused or (self._behind_s is not None and now - self._behind_s >= 2 * self._config.refresh_s)
 
     def _begin_write(self, owner: Hashable) -> None:
-        """A write transaction must start on the newest state, and hold the lease; the snapshot cannot move under the
-        caller's SHARED."""
+        """It must start on the newest state, and hold the lease; the snapshot cannot move under the caller's SHARED."""
         with self._changing():
             if self.is_dirty:
                 return  # bytes of journal_mode=OFF that were never synced: the commit will tell
@@ -387,7 +372,7 @@ class Database(State):
         with self._changing():
             if self.is_dirty:
                 self._side_files.remove(self.path + JOURNAL_SUFFIX)
-            self._view.close()
+            self._view.drop()
         self._lease.done(self)  # an interrupt between lease and lock may have left it in use
         self._lease.give_back()
 

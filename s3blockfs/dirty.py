@@ -4,8 +4,7 @@ Bytes lie in the spill file at their own offsets, so memory stays constant howev
 never leave the kernel's page cache. They live and die with this process: nothing here ever needs recovery.
 
 The caller serialises all calls. Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, and end
-at or below `size`; bytes of the spill file outside the ranges are never read.
-"""
+at or below `size`; bytes of the spill file outside the ranges are never read."""
 
 import os
 import tempfile
@@ -61,13 +60,10 @@ class Dirty:
     """Relative to a committed state of `committed_size` bytes, of which those from `cut` on are gone."""
 
     def __init__(self, folder: str, block_size: int, committed_size: int) -> None:
-        self._folder = folder
+        self._folder, self._block_size, self._committed_size = folder, block_size, committed_size
         self._file: UnlinkedFile | None = None
         self._blocks: dict[int, list[Range]] = {}
-        self._block_size = block_size
-        self._committed_size = committed_size
-        self.size = committed_size
-        self.cut = committed_size
+        self.size = self.cut = committed_size
 
     @property
     def held_bytes(self) -> int:

@@ -6,8 +6,7 @@ An `EmbeddedServer` belongs to one thread. File locks in DIR, which end with the
 * `server`: held by a server and its supervisor until both have ended, so that no two run over the same data.
 
 `server.json` (0600, replaced atomically, before the server runs) holds the `Endpoint`. That port asks for the keys; the
-next ones, internal to SeaweedFS (127.0.0.1 too), do not: do not use it where other local users are hostile.
-"""
+next ones, internal to SeaweedFS (127.0.0.1 too), do not: do not use it where other local users are hostile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The exception tree: each class knows its errno (what a mount answers) and its CLI exit code.
 
-An error is raised where it happens, its text is one line that says what to do next, nothing turns it into success.
-"""
+An error is raised where it happens, its text is one line that says what to do next, nothing turns it into success."""
 
 from errno import EACCES, EAGAIN, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT, EROFS, ESTALE
 

@@ -5,8 +5,7 @@ puts them into the map ("complete to F") and drops the segments. Other commits a
 the higher seq wins, and a fold is given up when a segment that it read is gone, because another fold has then dropped
 what masked older bytes. A fold deletes nothing, also when it fails.
 
-Thread rule: any thread; several folds of one database at once are safe and a waste.
-"""
+Thread rule: any thread; several folds of one database at once are safe and a waste."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -105,8 +104,7 @@ def _touched(log: Log, block_map: BlockMap) -> set[int]:
     size = log.block_size
     touched = set()
     for block, pieces in log.overlay.items():
-        home = _home(block_map, block)
-        if home is None or any(piece.seq > home.seq for piece in pieces):
+        if (home := _home(block_map, block)) is None or any(piece.seq > home.seq for piece in pieces):
             touched.add(block)
     for cut in log.cuts:
         home = _home(block_map, cut.at // size) if cut.at % size and cut.at < (log.size or 0) else None

@@ -1,8 +1,7 @@
 """fusepy on libfuse 2.9 with its traps closed; the only module that imports `fuse`. Knows nothing of databases or S3.
 
 Thread rule: libfuse runs callbacks on threads of its own, as many at once as there are requests; `init` and `destroy`
-run once, while no other callback does. A thread that the file system needs is started in `init`.
-"""
+run once, while no other callback does. A thread that the file system needs is started in `init`."""
 
 from __future__ import annotations
 

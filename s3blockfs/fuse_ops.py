@@ -5,8 +5,7 @@ directory locked during create and unlink, so those never look at the mounted pa
 is at hand and no directory is locked.
 
 Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows.
-Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them.
-"""
+Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them."""
 
 import errno
 import logging
@@ -37,8 +36,7 @@ from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
 
 log = logging.getLogger(__name__)
 
-#: How long a daemon that was asked to end waits for applications to end their write transactions.
-QUIESCE_S = 5.0
+QUIESCE_S = 5.0  # how long a daemon that was asked to end waits for write transactions of applications
 
 
 @dataclass(slots=True)
@@ -130,15 +128,13 @@ class FileSystem(Operations):
             is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
             if not is_link:
                 return self._attributes(database)
-        entry = self._names.lookup(path)
-        if entry is None:
+        if (entry := self._names.lookup(path)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)
 
     def readlink(self, path: str) -> str:
         """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
-        entry = self._names.lookup(path)
-        if entry is None or entry.shown_as is None:
+        if (entry := self._names.lookup(path)) is None or entry.shown_as is None:
             raise OSError(errno.EINVAL, f"{path}: not a link")
         return entry.shown_as
 
@@ -234,8 +230,7 @@ class FileSystem(Operations):
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
         handle = self._handles[info.fh]
-        file = handle.file
-        if isinstance(file, Database):
+        if isinstance(file := handle.file, Database):
             self._require_sound(handle)
             handle.wrote = True
             file.write(offset, data, handle.owners)
@@ -255,10 +250,8 @@ class FileSystem(Operations):
         if is_side_file(path):
             self._truncate_side(self._side(path), length)
             return
-        database = self._catalog.open(
-            self._names.changeable(path)
-        )  # truncate(2): there is no handle whose close could publish it
-        try:
+        database = self._catalog.open(self._names.changeable(path))
+        try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
             database.truncate(length)
             database.close_handle(context_pid())
@@ -276,8 +269,7 @@ class FileSystem(Operations):
 
     def flush(self, path: str | None, info: FileInfo) -> None:
         handle = self._handles[info.fh]
-        database = handle.file
-        if isinstance(database, SideFile):
+        if isinstance(database := handle.file, SideFile):
             return
         self._inode_of(database)
         if database.owner_closes(info.lock_owner):
@@ -311,8 +303,7 @@ class FileSystem(Operations):
 
     def lock(self, path: str | None, info: FileInfo, command: int, lock: Flock) -> None:
         handle, owner = self._handles[info.fh], info.lock_owner
-        database = handle.file
-        if isinstance(database, SideFile):
+        if isinstance(database := handle.file, SideFile):
             if lock.l_type != F_UNLCK:  # SQLite never locks a journal
                 raise OSError(errno.ENOLCK, f"{database.path}: side files cannot be locked")
             return
@@ -376,8 +367,7 @@ class FileSystem(Operations):
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
         if not side.linked:
             raise OSError(errno.EIO, f"{side.path}: was removed; its transaction is lost")
-        database = self._database_of(side)
-        if database is not None:
+        if (database := self._database_of(side)) is not None:
             database.finalise_journal(context_pid())
         elif not side.path.endswith(SUFFIXES):
             for database in sorted(self._catalog.opened(), key=lambda each: each.prefix):
@@ -388,8 +378,7 @@ class FileSystem(Operations):
         return self._catalog.opened_at(stem) if stem != side.path else None
 
     def _side(self, path: str) -> SideFile:
-        side = self._catalog.side_files.get(self._side_path(path))
-        if side is None:
+        if (side := self._catalog.side_files.get(self._side_path(path))) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return side
 

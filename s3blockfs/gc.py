@@ -6,8 +6,7 @@ unreachable from one head and its roots, and not above *its* floor, is unreachab
 read, or swapped in, before its roots are listed: then every archive that counts is there already. A reader of a state
 below the floor may meet a 404, which is TooOld.
 
-Thread rule: any thread; several collectors at once are safe.
-"""
+Thread rule: any thread; several collectors at once are safe."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,8 +25,7 @@ from s3blockfs.history import roots
 from s3blockfs.objectstore import Listed
 from s3blockfs.snapshot import Source, Version
 
-#: At most this many blocks are named for one compaction.
-SPARSE_BLOCKS = 4096
+SPARSE_BLOCKS = 4096  # named for one compaction, at most
 
 
 class Report(NamedTuple):
@@ -42,10 +40,8 @@ class Report(NamedTuple):
 
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
-    """Let what was replaced more than `retain_s` ago go. Raises DamagedObject and DatabaseGone (nothing was deleted),
-    StoreError, Unsettled."""
-    version = heads.stored()
-    if version is None:
+    """Let what was replaced more than `retain_s` ago go. Raises DamagedObject, DatabaseGone, StoreError, Unsettled."""
+    if (version := heads.stored()) is None:
         return Report()
     listed = [
         (rev, entry)
@@ -58,8 +54,7 @@ def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     try:
         reachable, extents = _reachable(source, version)
     except DamagedObject:
-        now = heads.stored()
-        if now is None or now.head.floor > head.floor:
+        if (now := heads.stored()) is None or now.head.floor > head.floor:
             return Report()  # another collector was faster, and did what was to be done
         raise
     dead = [entry for rev, entry in listed if rev <= head.floor and entry.key not in reachable]
@@ -86,7 +81,6 @@ def _raise_floor(
     floor = max(revs, default=0) - 1
     if version.head.deleted or not any(version.head.floor < rev <= floor for rev, _ in listed):
         return version
-
     return heads.swap(version, lambda replaced: replace(replaced, floor=max(replaced.floor, floor)))
 
 

@@ -1,17 +1,10 @@
 """The only writer of `P/head`: read, compare-and-swap, and the settling of unknown outcomes.
 
-Every swap ends in one of these ways (docs/ARCHITECTURE.md):
-(a) 200: applied.
-(b) 412: somebody swapped in between, or this PUT was applied before and its answer lost, so a 412 alone proves nothing.
-    A commit looks itself up by its id at its seq: found, it is done; another's commit there, it is lost; neither, it
-    starts again from the new head; not to be had, the outcome is unknown. Other swaps simply start again.
-(c) In doubt (409, 5xx, time-out, cut connection): read the head until it answers: mine is done; the old ETag means not
-    applied *yet*: the same bytes are PUT again, or, to give up, a head with a fresh nonce and nothing else changed is
-    swapped in, after which the delayed PUT can never apply.
-(d) The store cannot be reached before the deadline while in doubt: Unsettled carries what `settle` needs later.
-(e) 404 on If-Match: the database is gone.
-Thread rule: any thread. One HeadFile serves all users of a database in a process.
-"""
+Every swap ends in one of the ways (a) to (e) of docs/ARCHITECTURE.md, "Outcomes of a swap". To keep in mind here: a
+412 proves nothing, since this PUT may have been applied before and its answer lost; so a commit looks itself up by its
+id at its seq. And a head that still has the old ETag after a doubt (409, 5xx, time-out, cut connection) means that the
+PUT was not applied *yet*: to give up, a head with a fresh nonce and nothing else changed is swapped in first.
+Thread rule: any thread. One HeadFile serves all users of a database in a process."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -58,9 +51,7 @@ class HeadFile:
     """The head of the database under `prefix`."""
 
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, prefix: str) -> None:
-        self._store = store
-        self._runtime = runtime
-        self._config = config
+        self._store, self._runtime, self._config = store, runtime, config
         self._key = head_key(prefix)
         self._name = f"{store.name}/{self._key}"
         self._lock = threading.Lock()
@@ -129,7 +120,7 @@ class HeadFile:
             try:
                 return self._put(current, doubt.head)
             except (PreconditionFailed, ObjectNotFound, errors.RequestInDoubt):
-                in_doubt = True  # a 412 proves nothing, see (b)
+                in_doubt = True  # a 412 proves nothing
             except StoreError as error:
                 # This PUT was definitely not applied. An earlier one may have been.
                 retry = isinstance(error, StoreUnavailable) and self._runtime.monotonic() + pause < deadline
@@ -176,10 +167,8 @@ class HeadFile:
             if not seen.deleted:
                 raise errors.DatabaseExists(f"{self._name}: {writer} created it first")
         elif commit and not seen.deleted and (seen.id, seen.commit) != (base.head.id, base.head.commit):
-            raise errors.CommitLost(
-                f"{self._name}: {writer} committed first (commit {seen.seq}); "
-                "nothing of this transaction was kept, run it again"
-            )
+            text = f"{writer} committed first (commit {seen.seq}); nothing of this transaction was kept, run it again"
+            raise errors.CommitLost(f"{self._name}: {text}")
         elif (seen.id, seen.deleted) != (base.head.id, base.head.deleted):
             raise errors.DatabaseGone(f"{self._name}: deleted or replaced by {writer}")
 

@@ -6,9 +6,7 @@ everything newer is ignored. Kept are the *roots*: archives with a rev above the
 pins, and the head itself. What was displaced before the first root of this database above the floor, or under another
 name before a copy, cannot be seen here. An extent uploaded here above the floor was swapped in above it, too; any other
 one may have displaced something unseen, so that root shows no commit that is older than such an extent.
-
-Thread rule: any thread.
-"""
+Thread rule: any thread."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -110,8 +108,7 @@ def open_at(source: Source, heads: HeadFile, which: int | str) -> Snapshot:
 
 def _newest_at(source: Source, heads: HeadFile, time: str) -> int:
     """The seq of the newest commit then."""
-    ago_s = duration_s(time)
-    if ago_s is not None:
+    if (ago_s := duration_s(time)) is not None:
         moment_s = source.store.server_time_s() - ago_s
     else:
         try:
@@ -129,15 +126,13 @@ def _newest_at(source: Source, heads: HeadFile, time: str) -> int:
 def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], T]) -> T:
     """Look again if the floor rose meanwhile: roots that were collected must not be taken for never having been."""
     while True:
-        version = heads.read()
-        if version is None or version.head.deleted:
+        if (version := heads.read()) is None or version.head.deleted:
             raise errors.DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
         try:
             result, failure = look(version), None
         except errors.S3BlockFSError as error:
             result, failure = None, error
-        now = heads.read()
-        if now is None or now.head.floor == version.head.floor:
+        if (now := heads.read()) is None or now.head.floor == version.head.floor:
             if failure is not None:
                 raise failure
             return cast(T, result)

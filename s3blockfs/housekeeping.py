@@ -13,17 +13,13 @@ from s3blockfs.snapshot import Source
 
 log = logging.getLogger(__name__)
 
-#: A process that writes a database collects its garbage this often; nothing becomes garbage before the retention ends.
-COLLECT_EVERY_S = 3600.0
-
-#: After a job that failed, or that somebody else did.
-PAUSE_S = 60.0
+COLLECT_EVERY_S = 3600.0  # by each process that writes; nothing becomes garbage before the retention ends
+PAUSE_S = 60.0  # after a job that failed, or that somebody else did
 
 
 def clean_up(source: Source, heads: HeadFile, config: Config) -> gc.Report:
     """Fold what is due, delete what is older than the retention, move what lies in mostly dead objects."""
-    version = heads.stored()
-    if version is not None and is_due(version.head):
+    if (version := heads.stored()) is not None and is_due(version.head):
         fold(source, heads, config, version)
     report = gc.collect(source, heads, config.retain_s)
     version = heads.latest

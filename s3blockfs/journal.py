@@ -1,8 +1,7 @@
 """Observer of SQLite's rollback journal: is it hot, and do the dirty bytes equal the images it holds? Pure; no I/O.
 
 Format: https://sqlite.org/fileformat2.html#the_rollback_journal. A journal is a sequence of segments, each a header
-(28 bytes, padded to the sector size) followed by records: page number, page image, checksum.
-"""
+(28 bytes, padded to the sector size) followed by records: page number, page image, checksum."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -19,8 +18,7 @@ _ALL_RECORDS = 0xFFFFFFFF
 _SECTOR_SIZES = {1 << n for n in range(5, 17)}
 _PAGE_SIZES = {1 << n for n in range(9, 17)}
 
-#: (offset, length) -> bytes, fewer at the end.
-Reader = Callable[[int, int], bytes]
+Reader = Callable[[int, int], bytes]  # (offset, length) -> bytes, fewer at the end
 
 
 def is_hot(first_byte: bytes) -> bool:

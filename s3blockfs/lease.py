@@ -8,8 +8,7 @@ back soon after the last write lock, or by the commit itself after a long tenure
 No wall clocks: somebody else's lease is taken over only after its nonce was seen unchanged for as long as it says, on a
 clock that counts suspended time. Its holder draws a new nonce with each commit, and meanwhile in long transactions.
 
-Threads: any. `_lock` is held during requests.
-"""
+Threads: any. `_lock` is held during requests."""
 
 import contextlib
 import logging
@@ -28,21 +27,12 @@ from s3blockfs.snapshot import Version
 
 log = logging.getLogger(__name__)
 
-#: How long the lease is kept after the last write transaction, and how long in a row.
-LINGER_S = 0.5
-TENURE_S = 2.0
-
-#: How long to stand back after such a tenure, at most: who waits leaves no trace in the head, and looks once in POLL_S.
-REST_S = 0.3
-
-#: For how long after meeting another writer a head is looked at before the lease is taken.
-CONTENDED_S = 60.0
-
-#: A lease of somebody else is looked at no more often than this, however often SQLite's busy handler asks.
-POLL_S = 0.1
-
-#: Nobody's lease is respected for longer without a sign of life, whatever it says.
-LONGEST_S = 600
+LINGER_S = 0.5  # how long the lease is kept after the last write transaction
+TENURE_S = 2.0  # and how long in a row
+REST_S = 0.3  # to stand back then, at most: who waits leaves no trace in the head, and looks once in POLL_S
+CONTENDED_S = 60.0  # for so long after meeting another writer a head is looked at before the lease is taken
+POLL_S = 0.1  # a lease of somebody else is looked at no more often, however often SQLite's busy handler asks
+LONGEST_S = 600  # nobody's lease is respected for longer without a sign of life, whatever it says
 
 
 class Stale(Busy):
@@ -53,10 +43,8 @@ class Lease:
     """Who of this process writes to one database, and this process's lease on it."""
 
     def __init__(self, heads: HeadFile, runtime: Runtime, config: Config, writer: str) -> None:
-        self.heads = heads
-        self._runtime = runtime
-        self._lease_s = config.lease_s
-        self._deadline_s = config.request_deadline_s
+        self.heads, self._runtime = heads, runtime
+        self._lease_s, self._deadline_s = config.lease_s, config.request_deadline_s
         self._owner = f"{writer}:{runtime.token(4).hex()}"
         self._lock = threading.Lock()
         self._user: Hashable | None = None
@@ -76,8 +64,7 @@ class Lease:
 
     def rest(self) -> None:
         """Before a write transaction: after a long tenure let others in first."""
-        left_s = self._rest_until_s - self._runtime.monotonic()
-        if left_s > 0:
+        if (left_s := self._rest_until_s - self._runtime.monotonic()) > 0:
             self._runtime.sleep(left_s)
 
     def take(self, user: Hashable, base: Version) -> None:

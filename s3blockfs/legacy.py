@@ -13,8 +13,6 @@ misses the rest of a journal, and rolls back in part: measured. Here it is rolle
 Thread rule: any thread. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging
@@ -34,29 +32,17 @@ from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import ObjectStore
-from s3blockfs.runtime import IO_THREADS, all_of, in_flight
+from s3blockfs.runtime import IO_THREADS, Progress, all_of, in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import Uploads, upload_map
 
 log = logging.getLogger(__name__)
 
-#: A larger database is not converted by its first write, which would wait for minutes, but by `s3blockfs adopt`.
-CONVERT_BYTES = 256 * MIB
-
-#: The most that one GET asks for: blocks may have any size.
-CELL_BYTES = MIB
-
-#: How often a state is looked for that nobody changes meanwhile.
-ATTEMPTS = 3
-
-#: Called with (bytes done, bytes in all).
-Progress = Callable[[int, int], None]
+CONVERT_BYTES = 256 * MIB  # a larger one is not converted by its first write, which would wait for minutes
+CELL_BYTES = MIB  # the most that one GET asks for: blocks may have any size
+ATTEMPTS = 3  # to find a state that nobody changes meanwhile
 
 _BLOCK = re.compile(r"/([0-9]{10})")
-
-
-def _silent(done: int, total: int) -> None:
-    """No progress is shown."""
 
 
 class _Blocks:
@@ -233,8 +219,7 @@ class AnyHead(HeadFile):
     def read_if_changed(self, known: Version) -> Version:
         if known.snapshot is None:
             return super().read_if_changed(known)
-        found = self.read(known)
-        if found is None:
+        if (found := self.read(known)) is None:
             raise errors.DatabaseGone(f"{self._name}: the database was deleted by another program")
         return found
 
@@ -250,7 +235,11 @@ class AnyHead(HeadFile):
         return gone
 
     def convert(
-        self, version: Version, most_bytes: int = CONVERT_BYTES, keep: bool = False, progress: Progress = _silent
+        self,
+        version: Version,
+        most_bytes: int = CONVERT_BYTES,
+        keep: bool = False,
+        progress: Progress = lambda *_: None,
     ) -> Version:
         """Copy the bytes into block objects, create the head, delete the old keys unless `keep`. No commit: the bytes
         stay as they are. Until there is a head the old store is as it was, and from then on it counts for nothing; so
@@ -294,7 +283,7 @@ class AnyHead(HeadFile):
             log.warning("keys of sqlite-s3vfs are left: %s", error)
 
 
-def export_layout(snapshot: Snapshot, source: Source, block_size: int, progress: Progress = _silent) -> None:
+def export_layout(snapshot: Snapshot, source: Source, block_size: int, progress: Progress) -> None:
     """Write a state as that library stores it, under the prefix of `source`, where nothing may be. Block 0 comes last:
     without it nobody takes an interrupted export for a database. Raises UsageError, DatabaseExists, StoreError."""
     if not MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES:

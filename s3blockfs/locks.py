@@ -5,8 +5,7 @@ owner is FUSE's `lock_owner`, or any hashable. Ranges include both ends. Does no
 
 Thread rule: any thread; only `wait_lock` blocks. Deadlocks are not looked for: a waiter can be interrupted, and SQLite
 never waits. Invariants: an owner's locks are sorted, do not overlap, and adjacent ones of one kind are merged; no byte
-that one owner holds for WRITE is held by another.
-"""
+that one owner holds for WRITE is held by another."""
 
 import errno
 import fcntl
@@ -15,15 +14,13 @@ from collections.abc import Callable, Hashable, Iterator
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
-#: The largest offset a lock can name: the kernel's OFFSET_MAX, which stands for "to the end of the file" (`l_len` 0).
-TO_END = 2**63 - 1
+TO_END = 2**63 - 1  # the largest offset of a lock, the kernel's OFFSET_MAX: "to the end of the file" (`l_len` 0)
 
 #: Where SQLite locks a database file: https://sqlite.org/lockingv3.html, `PENDING_BYTE` in its src/os.h.
 PENDING_BYTE, RESERVED_BYTE = 0x40000000, 0x40000001
 SHARED_FIRST, SHARED_SIZE = 0x40000002, 510
 
-#: How often a waiter asks whether its caller gave up, in seconds: a killed process stays until its waiter answers.
-POLL_S = 0.05
+POLL_S = 0.05  # how often a waiter asks whether its caller gave up: a killed process stays until it answers
 
 
 class Kind(Enum):
@@ -67,8 +64,7 @@ class RangeLocks:
     def try_lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> Lock | None:
         """F_SETLK: None when granted (in place of what `owner` held there), else what is in the way."""
         with self._changed:
-            conflict = self.test(owner, kind, start, end)
-            if conflict is None:
+            if (conflict := self.test(owner, kind, start, end)) is None:
                 self._replace(owner, start, end, Lock(owner, kind, start, end, pid))
             return conflict
 

@@ -12,13 +12,9 @@ from pathlib import Path
 
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
 
-#: The subtype makes the kernel call our mounts `fuse.s3blockfs`: that is how a dead one is known to be ours.
-SUBTYPE = "s3blockfs"
-
+SUBTYPE = "s3blockfs"  # makes the kernel call our mounts `fuse.s3blockfs`, so that a dead one is known to be ours
 FUSE_DEVICE = "/dev/fuse"
-
-#: How long a mount may take to say that it is alive, in seconds.
-ANSWER_S = 10.0
+ANSWER_S = 10.0  # how long a mount may take to say that it is alive
 
 
 def findings() -> Iterator[str]:

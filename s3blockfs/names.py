@@ -4,8 +4,7 @@ A database with prefix `a/b.sqlite` is the file `a/b.sqlite`; one whose last par
 as `tenants/acme.sqlite` and found under both names, unless its head records that it was created under its exact name.
 Exact names win. Prefixes above databases are folders.
 
-Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import errno
 import os
@@ -17,21 +16,11 @@ from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
+from s3blockfs import errors
 from s3blockfs.cache import BlockCache
 from s3blockfs.capabilities import ensure_safe
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
-from s3blockfs.errors import (
-    DamagedObject,
-    DatabaseExists,
-    DatabaseGone,
-    DatabaseNotFound,
-    NewerFormat,
-    NotSupported,
-    ObjectNotFound,
-    ReadOnly,
-    UsageError,
-)
 from s3blockfs.format import keys
 from s3blockfs.format.keys import HIDDEN_FOLDER, check_prefix, deleted_mark_key, is_file_name, join
 from s3blockfs.legacy import AnyHead
@@ -44,9 +33,8 @@ from s3blockfs.snapshot import Source, Version
 DATABASE_SUFFIXES = (".sqlite", ".sqlite3", ".db", ".db3", ".s3db", ".sl3")
 SHOWN_SUFFIX = ".sqlite"
 
-#: Heads kept for the time between a look and an open, and names known to be folders or not.
-HEADS_KEPT = 64
-PROBES_KEPT = 100_000
+HEADS_KEPT = 64  # for the time between a look and an open
+PROBES_KEPT = 100_000  # names known to be folders or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +55,7 @@ class Names:
     """The names under `root`, a key prefix without slashes at its ends ("" is the whole bucket)."""
 
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, root: str) -> None:
-        self._store = store
-        self._runtime = runtime
-        self._config = config
-        self._root = root
+        self._store, self._runtime, self._config, self._root = store, runtime, config, root
         self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s)
         self._lock = threading.Lock()
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
@@ -94,8 +79,7 @@ class Names:
                 return entry
             hidden = self._head(prefix + SHOWN_SUFFIX) is not None
             return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
-        alias = undotted(path)
-        if alias is not None:
+        if (alias := undotted(path)) is not None:
             version = self._head(prefix := join(self._root, alias))
             if version is not None and not version.head.deleted and version.head.name is None:
                 return _entry(prefix, version)
@@ -129,8 +113,8 @@ class Names:
         for name, future in unclear.items():
             try:
                 version = future.result()
-            except (DamagedObject, NewerFormat, NotSupported, DatabaseGone):  # using it says what is wrong
-                found[name] = Entry(start + name, is_folder=False)
+            except (errors.DamagedObject, errors.NewerFormat, errors.NotSupported, errors.DatabaseGone):
+                found[name] = Entry(start + name, is_folder=False)  # using it says what is wrong
                 continue
             self._probed[start + name] = version is not None
             if version is None:
@@ -143,13 +127,12 @@ class Names:
 
     def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
-        entry = self.lookup(path)
-        if entry is not None and not entry.is_folder:
+        if (entry := self.lookup(path)) is not None and not entry.is_folder:
             source, heads = self.at(entry.prefix)
             version = heads.read()
             if version is not None and not version.head.deleted:
                 return source, heads, version
-        raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        raise errors.DatabaseNotFound(f"{self._label(path)}: no such database")
 
     def at(self, prefix: str) -> tuple[Source, AnyHead]:
         """Of a whole key prefix, whatever is there."""
@@ -158,18 +141,17 @@ class Names:
     def make_folder(self, path: str) -> None:
         """Remembered by a mark in it. Raises DatabaseExists for any name in use, UsageError for one that cannot be."""
         if self.lookup(path) is not None:
-            raise DatabaseExists(f"{self._label(path)}: exists")
+            raise errors.DatabaseExists(f"{self._label(path)}: exists")
         check_prefix(prefix := join(self._root, path))
         if path.endswith(DATABASE_SUFFIXES) or is_side_file(path) or self._head(prefix) is not None:
-            raise UsageError(f"{self._label(path)}: a name of databases or one that was deleted; choose another")
+            raise errors.UsageError(f"{self._label(path)}: a name of databases or one that was deleted; choose another")
         self.require_writable()
         self._store.put(keys.folder_mark_key(prefix), b"", site="mark-folder")
 
     def remove_folder(self, path: str) -> None:
         """Raises DatabaseNotFound when there is no such folder, OSError (ENOTEMPTY; EBUSY for the root)."""
-        entry = self.lookup(path)
-        if entry is None:
-            raise DatabaseNotFound(f"{self._label(path)}: no such folder")
+        if (entry := self.lookup(path)) is None:
+            raise errors.DatabaseNotFound(f"{self._label(path)}: no such folder")
         if not entry.is_folder:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if not path:
@@ -185,7 +167,7 @@ class Names:
     def require_writable(self) -> None:
         """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""
         if self._config.read_only:
-            raise ReadOnly(f"{self._label('')}: mounted read-only")
+            raise errors.ReadOnly(f"{self._label('')}: mounted read-only")
         if not self._safe:
             ensure_safe(self._store, self._root, self._runtime)
             self._safe = True
@@ -204,15 +186,14 @@ class Names:
     def _exists(self, key: str) -> bool:
         try:
             self._store.get(key, site="folder-mark")
-        except ObjectNotFound:
+        except errors.ObjectNotFound:
             return False
         return True
 
     def _head(self, prefix: str) -> Version | None:
         """The head, at most as old as the refresh interval; None when there is none."""
         now = self._runtime.monotonic()
-        shown = self._shown(prefix)
-        if shown is not None:
+        if (shown := self._shown(prefix)) is not None:
             return shown
         with self._lock:
             known = self._heads.get(prefix)

@@ -10,8 +10,7 @@ from s3blockfs.errors import EnvironmentProblem
 def ready(status: str) -> None:
     """The mount can be used; `status` is what `systemctl status` shows.
     Raises EnvironmentProblem when the socket is named but nobody takes the message."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
+    if not (address := os.environ.get("NOTIFY_SOCKET")):
         return
     # "@" stands for the NUL byte of Linux's abstract namespace, which an environment variable cannot hold.
     target = "\0" + address[1:] if address.startswith("@") else address

@@ -1,8 +1,7 @@
 """The port to S3: the `ObjectStore` protocol.
 
 Every method names what it returns, what it raises and what a missing key means; `tests/test_objectstore.py` holds every
-implementation to this text: `s3store.py`, and the in-memory one of the tests. Thread rule: any thread.
-"""
+implementation to this text: `s3store.py`, and the in-memory one of the tests. Thread rule: any thread."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

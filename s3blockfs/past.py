@@ -1,8 +1,7 @@
 """`.snapshots`, a folder in a mount's root that no listing shows: every commit that can be opened as a file of its own.
 
 `.snapshots/a/b.db/12.sqlite` is what `a/b.db` held right after commit 12, and never changes; a named snapshot is a link
-to one of these. Thread rule: any thread; `_lock` is never held during a request to the store.
-"""
+to one of these. Thread rule: any thread; `_lock` is never held during a request to the store."""
 
 import threading
 from collections.abc import Sequence
@@ -18,9 +17,7 @@ from s3blockfs.names import SHOWN_SUFFIX, Entry
 from s3blockfs.snapshot import Version
 
 FOLDER = ".snapshots"
-
-#: Files that a database's folder lists at most, the newest ones; others are found by their names.
-LISTED = 1000
+LISTED = 1000  # files that a database's folder shows at most, the newest ones; others are found by their names
 
 #: Past states kept open, and databases whose commits are remembered: reading those takes a GET for each kept head.
 OPENED_KEPT = 8
@@ -38,8 +35,7 @@ class MountedNames:
 
     def lookup(self, path: str) -> Entry | None:
         """What it is, or None. Raises what reading heads raises."""
-        below = _below(path)
-        if below is None:
+        if (below := _below(path)) is None:
             return self._catalog.lookup(path[1:])
         folder, _, name = below.rpartition("/")
         if name.endswith(SHOWN_SUFFIX) and (states := self._states(folder, name)) is not None:
@@ -49,8 +45,7 @@ class MountedNames:
 
     def listing(self, path: str) -> Sequence[tuple[str, Entry]]:
         """(name, entry) of everything in a folder. Raises what reading heads raises."""
-        below = _below(path)
-        if below is None:
+        if (below := _below(path)) is None:
             return [each for each in self._catalog.listing(path[1:]) if path != "/" or each[0] != FOLDER]
         if (states := self._states(below)) is not None:
             return list(states.items())[:LISTED]
@@ -60,8 +55,7 @@ class MountedNames:
         """Of the past, one that the catalog does not know. Raises DatabaseNotFound, and what reading raises."""
         if _below(path) is None:
             return self._catalog.open(path[1:])
-        entry = self.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self.lookup(path)) is None or entry.is_folder:
             raise DatabaseNotFound(f"{path}: no such commit")
         with self._lock:
             opened = self._opened.get(path)
@@ -81,8 +75,7 @@ class MountedNames:
     def _states(self, path: str, wanted: str = "") -> dict[str, Entry] | None:
         """The files in the folder of a database, links first, then the newest; None when it is no database. A commit
         that is `wanted` and known stays what it was, so the store is not asked whether there are newer ones."""
-        entry = self._catalog.lookup(path)
-        if entry is None or entry.is_folder:
+        if (entry := self._catalog.lookup(path)) is None or entry.is_folder:
             return None
         with self._lock:
             known, states = self._histories.get(entry.prefix, (None, {}))

@@ -5,11 +5,8 @@ The window doubles with every range asked for: a point read costs one block, a l
 
 from s3blockfs.format.data import OBJECT_BYTES
 
-#: The first window: two of the 128 KiB reads with which the kernel itself reads ahead.
-FIRST_WINDOW_BYTES = 256 * 1024
-
-#: Reads this far off the expected position still count as sequential: kernel threads deliver them out of order.
-SLACK_BYTES = 512 * 1024
+FIRST_WINDOW_BYTES = 256 * 1024  # two of the 128 KiB reads with which the kernel itself reads ahead
+SLACK_BYTES = 512 * 1024  # so far off still counts as sequential: kernel threads deliver reads out of order
 
 
 class Readahead:

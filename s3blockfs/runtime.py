@@ -16,17 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]  # called with (done, in all)
 log = logging.getLogger(__name__)
 
-#: Threads that wait for S3. boto3 needs about 1 ms of the GIL for a request, so more of them add nothing.
-IO_THREADS = 32
+IO_THREADS = 32  # that wait for S3; boto3 needs about 1 ms of the GIL for a request, so more of them add nothing
 
 
 class Runtime:
-    """The real machine; tests and simulations bring another one with the same methods.
-
-    Threads start when they are first needed, so building one before a fork is harmless.
-    """
+    """The real machine; tests and simulations bring another one with the same methods. Threads start when they are
+    first needed, so building one before a fork is harmless."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="s3blockfs-io")

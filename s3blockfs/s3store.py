@@ -5,8 +5,7 @@ nothing that could be secret (no message of the SDK or of the store, no URL, no 
 
 Deadlines: an attempt waits at most half of the time left for the next byte (a conditional PUT, which has one attempt:
 all of it). Two waits can pass it: `CONNECT_TIMEOUT_S` for each address of the endpoint's name, and a store that
-trickles out the headers or the XML of an answer. Thread rule: any thread.
-"""
+trickles out the headers or the XML of an answer. Thread rule: any thread."""
 
 import base64
 import hashlib

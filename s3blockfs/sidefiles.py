@@ -26,8 +26,7 @@ class SideFile(UnlinkedFile):
 
     def __init__(self, folder: str, path: str) -> None:
         super().__init__(folder)
-        self.path = path
-        self.linked = True
+        self.path, self.linked = path, True
 
     @property
     def size(self) -> int:
@@ -63,8 +62,7 @@ class SideFiles:
 
     def remove(self, path: str) -> None:
         """Unlink it, if it is there."""
-        found = self._files.pop(path, None)
-        if found is not None:
+        if (found := self._files.pop(path, None)) is not None:
             found.linked = False
 
     def close(self) -> None:

@@ -4,8 +4,7 @@ Look-up is by seq: a log entry counts for a block only if its seq is higher than
 complete to; older entries are covered by newer ones when the index is built. A commit that cut the file masks older
 bytes beyond its `cut`, in the log (removed when the index is built) and in the base (`Cut`).
 
-Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), finding a newer head (head.py).
-"""
+Thread rule: any thread. Does not belong here: uncommitted bytes (dirty.py), finding a newer head (head.py)."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
-#: Indexes of segments kept decoded: an index names a few hundred extents.
-_INDEXES_KEPT = 4096
+_INDEXES_KEPT = 4096  # decoded, of segments; an index names a few hundred extents
 
 
 class Version(NamedTuple):
@@ -129,11 +127,8 @@ class Snapshot:
     __slots__ = ("_log", "_source", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
-        self._source = source
-        self._log = log
-        self.version = version
-        self.head = version.head
-        self.map = block_map
+        self._source, self._log = source, log
+        self.version, self.head, self.map = version, version.head, block_map
 
     @classmethod
     def load(cls, source: Source, version: Version, at: int | None = None) -> Snapshot:

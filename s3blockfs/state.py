@@ -5,8 +5,7 @@ everything that changes state, `_mutex` protects single moments and is never hel
 _gate > _writing > _mutex.
 
 Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or published. `on_moved` is called after the
-snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight.
-"""
+snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight."""
 
 import contextlib
 import logging
@@ -14,44 +13,28 @@ import threading
 from collections.abc import Callable, Iterator
 
 from s3blockfs.config import Config
-from s3blockfs.dirty import spill_folder
 from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError
 from s3blockfs.head import Doubt, Forgotten, HeadFile, Unsettled
 from s3blockfs.snapshot import Snapshot, Source, Version
-from s3blockfs.uploads import Uploads
 from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
-#: A database in doubt asks the store again at most this often.
-SETTLE_EVERY_S = 2.0
+SETTLE_EVERY_S = 2.0  # a database in doubt asks the store no more often
 
 
 class State:
     """Starts at `version`, a head that is no tombstone."""
 
-    def __init__(
-        self,
-        source: Source,
-        heads: HeadFile,
-        config: Config,
-        version: Version,
-        new_uploads: Callable[[Snapshot], Uploads],
-    ) -> None:
-        self._source = source
-        self._heads = heads
-        self._config = config
-        self._gate = threading.RLock()
-        self._writing = threading.RLock()
-        self._depth = 0
-        self._moved = False
-        self._mutex = threading.Lock()
+    def __init__(self, source: Source, heads: HeadFile, config: Config, version: Version) -> None:
+        self._source, self._heads, self._config = source, heads, config
+        self._gate, self._writing, self._mutex = threading.RLock(), threading.RLock(), threading.Lock()
+        self._depth, self._moved = 0, False
         self._unloaded: Version | None = None
-        self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), new_uploads)
+        self._view = View(source, config, Snapshot.load(source, version))
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
-        self._settling = False
-        self._settle_after = 0.0
+        self._settling, self._settle_after = False, 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None
@@ -101,8 +84,7 @@ class State:
         if self._doubt is not None:
             self._settle_soon()
             raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
-        version = self._unloaded
-        if version is not None:
+        if (version := self._unloaded) is not None:
             snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
             with self._mutex:
                 if self._unloaded is version:

@@ -4,9 +4,7 @@ import logging
 
 from s3blockfs.errors import UsageError
 
-#: The package's logger; those of the modules are its children, so that one level governs all of them.
-LOGGER = "s3blockfs"
-
+LOGGER = "s3blockfs"  # those of the modules are its children, so that one level governs all of them
 LEVELS = ("debug", "info", "warning", "error")
 
 

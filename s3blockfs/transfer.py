@@ -8,11 +8,11 @@
    caller hears Busy; if the target has moved on, too, both are kept. A crash leaves both, never neither; nor does a
    source that others deleted meanwhile.
 
-The source's objects stay for the retention; a copy that takes longer fails on a missing object.
-"""
+The source's objects stay for the retention; a copy that takes longer fails on a missing object."""
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from s3blockfs import header
 from s3blockfs.blockmap import BlockMap
@@ -26,22 +26,22 @@ from s3blockfs.runtime import in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.uploads import upload_map
 
-#: Copies under way at a time.
-COPIES = 16
+COPIES = 16  # under way at a time
 
 
-def put_state(
-    state: Snapshot,
-    origin: Source,
-    target: Source,
-    heads: HeadFile,
-    base: Version | None,
-    name: str | None,
-    writer: str,
-    commit_id: bytes | None = None,
-) -> Version:
-    """Make `state`, of `origin`, the next state at `target`, whose head is `base` (None: there is none); `name` is what
-    the new head records. Returns the head that holds it, possibly a later one of others. Raises Busy when the target has moved on, DatabaseExists, and what requests raise."""
+class Place(NamedTuple):
+    """Where a state is going to be: what is there now (None: nothing), and the name that the new head records."""
+
+    source: Source
+    heads: HeadFile
+    base: Version | None
+    name: str | None
+
+
+def put_state(state: Snapshot, origin: Source, place: Place, writer: str, commit_id: bytes | None = None) -> Version:
+    """Make `state`, of `origin`, the next state there. Returns the head that holds it, possibly a later one, of others.
+    Raises Busy (that has moved on), DatabaseExists, StoreError."""
+    target, base = place.source, place.base
     runtime, store = target.runtime, target.store
     old = None if base is None else base.head
     extents, segments = list(state.map.find(0, 1 << 62)), state.head.segments
@@ -84,7 +84,7 @@ def put_state(
             writer=writer,
             time_ms=time_ms,
             floor=0 if replaced is None else replaced.floor,
-            name=name,
+            name=place.name,
             counter=counter,
             lease=None,
             segments=segments,
@@ -95,8 +95,8 @@ def put_state(
         )
 
     if base is None or base.head.deleted:
-        return heads.create(base, make)
-    return heads.swap(base, make, archives=True)
+        return place.heads.create(base, make)
+    return place.heads.swap(base, make, archives=True)
 
 
 def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_commit: bool = False) -> Version:
@@ -118,32 +118,24 @@ def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_co
         raise DatabaseNotFound(str(error)) from error
 
 
-def rename(
-    origin: Source,
-    heads: HeadFile,
-    state: Snapshot,
-    target: Source,
-    over: HeadFile,
-    base: Version | None,
-    name: str | None,
-    writer: str,
-) -> tuple[Version, Version]:
-    """Move the newest state of `origin` (its head's state) to `target`: the heads of both afterwards."""
-    commit_id = target.runtime.token(COMMIT_ID_BYTES)
-    moved = put_state(state, origin, target, over, base, name, writer, commit_id)
+def rename(origin: Source, heads: HeadFile, state: Snapshot, place: Place, writer: str) -> tuple[Version, Version]:
+    """Move the newest state of `origin` (its head's state) there: the heads of both afterwards."""
+    commit_id = origin.runtime.token(COMMIT_ID_BYTES)
+    moved = put_state(state, origin, place, writer, commit_id)
     try:
         return bury(origin, heads, state.version, writer, same_commit=True), moved
     except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
         return heads.latest or state.version, moved
     except Busy:
         if moved.head.commit == commit_id:  # else others have gone on with it
-            _put_back(target, over, base, moved, writer)
+            _put_back(place, moved, writer)
         raise
 
 
-def _put_back(target: Source, heads: HeadFile, base: Version | None, moved: Version, writer: str) -> None:
+def _put_back(place: Place, moved: Version, writer: str) -> None:
     """Undo `put_state`, unless somebody has committed on it: Busy. It is a commit of its own, so that seq goes on."""
+    target, heads, base, _ = place
     if base is None or base.head.deleted:
         bury(target, heads, moved, writer, same_commit=True)
     else:
-        put_state(Snapshot.load(target, base), target, target, heads, moved, base.head.name, writer)
+        put_state(Snapshot.load(target, base), target, Place(target, heads, moved, base.head.name), writer)

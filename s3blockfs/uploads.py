@@ -1,7 +1,6 @@
 """The data objects of one transaction or fold on their way to S3: in parallel, within a memory bound, before the swap.
 
-Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs run on I/O threads.
-"""
+Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs run on I/O threads."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -26,10 +25,7 @@ class Uploads:
 
     def __init__(self, source: Source, config: Config, base: Head, seq: int) -> None:
         """They are named after the head `base`; their bytes are complete to `seq`."""
-        self._source = source
-        self._rev = base.rev
-        self._seq = seq
-        self._block_size = base.block_size
+        self._source, self._rev, self._seq, self._block_size = source, base.rev, seq, base.block_size
         self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
         self._patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
         self._most = max(1, config.memory // OBJECT_BYTES)

@@ -8,8 +8,7 @@ Errors: at a commit point SQLite must get SQLITE_IOERR or SQLITE_FULL. After any
 full of what was never committed (pager.c, pager_error), and after SQLITE_BUSY a second COMMIT reports success. The text
 and the `__cause__` of what the application gets say what really happened.
 
-Threads: any. Forks: a connection belongs to the process that opened it.
-"""
+Threads: any. Forks: a connection belongs to the process that opened it."""
 
 import atexit
 import errno
@@ -62,9 +61,7 @@ _CODES: dict[str, dict[Any, type[apsw.Error]]] = {
     "xLock": {errors.Busy: apsw.BusyError, errors.ReadOnly: apsw.ReadOnlyError},
 }
 
-#: How many buckets (with their options) keep client and cache when no connection uses them.
-ENGINES_KEPT = 16
-
+ENGINES_KEPT = 16  # buckets (with their options) that keep client and cache when no connection uses them
 #: By process, bucket and options; the one used last is at the end.
 _engines: dict[tuple[object, ...], tuple[Catalog, Runtime]] = {}
 _lock = threading.Lock()
@@ -210,8 +207,7 @@ class S3VFS(apsw.VFS):
             if self._config.read_only or at is not None:
                 flags[1] = apsw.SQLITE_OPEN_READONLY
             return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path, at)
-        side = self.catalog.side_files.get(path)
-        if side is None and not wanted & apsw.SQLITE_OPEN_CREATE:
+        if (side := self.catalog.side_files.get(path)) is None and not wanted & apsw.SQLITE_OPEN_CREATE:
             raise apsw.CantOpenError(f"{path}: no such journal")
         return _SideFile(side or self.catalog.side_files.create(path), _owner(path))
 
@@ -310,9 +306,7 @@ class _DatabaseFile(_File):
 
     def __init__(self, catalog: Catalog, database: Database, readahead: Readahead) -> None:
         super().__init__()
-        self.database = database
-        self.readahead = readahead
-        self._catalog = catalog
+        self._catalog, self.database, self.readahead = catalog, database, readahead
         self._interrupts: list[BaseException] = []
 
     def xRead(self, amount: int, offset: int) -> bytes:
@@ -389,8 +383,7 @@ class _SideFile(_File):
 
     def __init__(self, side: SideFile, owner: _DatabaseFile | None) -> None:
         super().__init__()
-        self._side = side
-        self._owner = owner
+        self._side, self._owner = side, owner
 
     def xRead(self, amount: int, offset: int) -> bytes:
         return self._side.read(offset, amount)
@@ -422,8 +415,7 @@ class _Serialized(io.RawIOBase):
     """The bytes of a database, from start to end."""
 
     def __init__(self, file: _DatabaseFile) -> None:
-        self._file = file
-        self._position = 0
+        self._file, self._position = file, 0
 
     def readable(self) -> bool:
         return True

@@ -1,27 +1,23 @@
 """What local users of a database see: uncommitted bytes over a committed snapshot. Bytes only; no rules, no file locks.
 
 Threads: `read` and the properties from any thread; whatever changes something is serialised by the caller. `_mutex`
-protects single moments and is never held during a request to the store. `uploads` is set exactly while it is dirty.
-"""
+protects single moments and is never held during a request to the store. `uploads` is set exactly while it is dirty."""
 
 import threading
-from collections.abc import Callable
 
-from s3blockfs.dirty import Dirty
+from s3blockfs.config import Config
+from s3blockfs.dirty import Dirty, spill_folder
 from s3blockfs.prefetch import Readahead
-from s3blockfs.snapshot import Snapshot
+from s3blockfs.snapshot import Snapshot, Source
 from s3blockfs.uploads import Uploads
 
 
 class View:
     """Starts clean, at `snapshot`."""
 
-    def __init__(self, snapshot: Snapshot, spill_folder: str, new_uploads: Callable[[Snapshot], Uploads]) -> None:
-        """`new_uploads` makes the uploads of a transaction that starts on a snapshot."""
+    def __init__(self, source: Source, config: Config, snapshot: Snapshot) -> None:
         self._mutex = threading.Lock()
-        self._spill_folder = spill_folder
-        self._new_uploads = new_uploads
-        self.snapshot = snapshot
+        self._source, self._config, self.snapshot = source, config, snapshot
         self.dirty = self._new_dirty()
         self.uploads: Uploads | None = None
 
@@ -47,10 +43,8 @@ class View:
         if len(own) == 1 and len(own[0][1]) == end - offset:
             return own[0][1]
         data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
-        if readahead is not None:
-            ahead = readahead.next_range(offset, length, snapshot.head.size)
-            if ahead is not None:
-                snapshot.prefetch(*ahead)
+        if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
+            snapshot.prefetch(*ahead)
         if not own and len(data) == end - offset:
             return data
         merged = bytearray(data.ljust(end - offset, b"\0"))
@@ -88,14 +82,10 @@ class View:
             self.dirty.close()
             self.dirty = self._new_dirty()
 
-    def close(self) -> None:
-        with self._mutex:
-            self.dirty.close()
-
     def _begin(self) -> Uploads:
         if self.uploads is None:
-            self.uploads = self._new_uploads(self.snapshot)
+            self.uploads = Uploads(self._source, self._config, self.snapshot.head, self.snapshot.head.seq + 1)
         return self.uploads
 
     def _new_dirty(self) -> Dirty:
-        return Dirty(self._spill_folder, self.snapshot.head.block_size, self.snapshot.head.size)
+        return Dirty(spill_folder(self._config.spill_dir), self.snapshot.head.block_size, self.snapshot.head.size)

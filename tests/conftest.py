@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Place
+from mounting import Folder, Mount, Place, Shared, mounted
 from proxy import FaultProxy
 from servers import seaweed
 
@@ -34,6 +34,22 @@ def mount_bucket(seaweed_endpoint: Endpoint) -> Place:
 def place(mount_bucket: Place) -> Place:
     """A key prefix that no other test uses."""
     return mount_bucket.inside(uuid.uuid4().hex)
+
+
+@pytest.fixture(scope="module")
+def machines(mount_bucket: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Mount, Mount]]:
+    """Two daemons that know nothing of each other, for the tests of a module that need no others."""
+    place, folder = mount_bucket.inside(uuid.uuid4().hex), tmp_path_factory.mktemp("machines")
+    with mounted(place, folder) as mount, mounted(place, folder) as other:
+        yield place, mount, other
+
+
+@pytest.fixture
+def shared(machines: tuple[Place, Mount, Mount]) -> Shared:
+    """A folder of its own on them, which is there as soon as anything is in it."""
+    place, mount, other = machines
+    name = uuid.uuid4().hex
+    return place.inside(name), Folder(mount / name), Folder(other / name)
 
 
 @pytest.fixture

@@ -151,6 +151,20 @@ class Mount:
             assert self.wait() == 0, self.log
 
 
+@dataclass(frozen=True)
+class Folder:
+    """In a mount that several tests share, what is one test's own."""
+
+    directory: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.directory / name
+
+
+#: A key prefix that no other test uses, and how each of two machines shows it.
+Shared = tuple[Place, Folder, Folder]
+
+
 @contextlib.contextmanager
 def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root: Path | None = None) -> Iterator[Mount]:
     """`s3blockfs mount -f` with its own directories below `folder` (or those of an earlier mount in `root`).

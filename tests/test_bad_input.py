@@ -16,7 +16,7 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from mounting import PATIENCE_S, Mount, Place, command, is_mounted, mounted, numbers, shell, sqlite
+from mounting import PATIENCE_S, Folder, Mount, Place, Shared, command, is_mounted, mounted, numbers, shell, sqlite
 
 pytestmark = pytest.mark.mount
 
@@ -140,9 +140,9 @@ def test_mounting_twice(place: Place, tmp_path: Path) -> None:
         assert sqlite(mount / "a.db", "SELECT sum(a) FROM t") == "3"
 
 
-def test_the_target_is_a_database(place: Place, tmp_path: Path, empty: Path) -> None:
-    with mounted(place, tmp_path) as mount:
-        sqlite(mount / "a.db", ROWS)
+def test_the_target_is_a_database(machines: tuple[Place, Mount, Mount], empty: Path) -> None:
+    place, mount, _ = machines
+    sqlite(mount / "a.db", ROWS)
     said = failing_mount(place.inside("a.db"), empty)
     assert said.startswith("2 ")
     assert "mount its parent" in said
@@ -280,14 +280,28 @@ DATA = {
 
 
 @pytest.fixture
-def stocked(place: Place, tmp_path: Path) -> Place:
-    """`bad.db` and `good.db`, 1 MB each, in data objects."""
-    with mounted(place, tmp_path) as mount:
-        for name in ("bad.db", "good.db"):
-            source = tmp_path / name
-            sqlite(source, "CREATE TABLE t(a)", f"INSERT INTO t SELECT randomblob(1000) FROM ({numbers(1000)})")
-            assert shell("cp", source, mount / name).returncode == 0
-    return place
+def log(machines: tuple[Place, Mount, Mount]) -> Callable[[], str]:
+    """What the first of the machines has logged."""
+    return lambda: machines[1].log
+
+
+@pytest.fixture(scope="module")
+def stock(machines: tuple[Place, Mount, Mount], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bad.db` and `good.db`, 1 MB each: as files in this folder, and in data objects."""
+    folder = tmp_path_factory.mktemp("stock")
+    for name in ("bad.db", "good.db"):
+        sqlite(folder / name, "CREATE TABLE t(a)", f"INSERT INTO t SELECT randomblob(1000) FROM ({numbers(1000)})")
+        assert shell("cp", folder / name, machines[1] / name).returncode == 0
+    return folder
+
+
+@pytest.fixture
+def stocked(machines: tuple[Place, Mount, Mount], stock: Path, shared: Shared) -> Shared:
+    """Copies of them that no machine has seen yet."""
+    for key in machines[0].listing():
+        if key.startswith(("bad.db/", "good.db/")):
+            shared[0].put(key, machines[0].get(key))
+    return shared
 
 
 def damage(place: Place, key: str, kind: Damage) -> bytes:
@@ -301,97 +315,97 @@ def damage(place: Place, key: str, kind: Damage) -> bytes:
     return body
 
 
-def check_damage(place: Place, tmp_path: Path, key: str, kind: Damage) -> None:
+def check_damage(stocked: Shared, stock: Path, log: Callable[[], str], key: str, kind: Damage) -> None:
     """Readers get the errno and the log the reason; all else works; when the object is put back nothing is lost."""
+    place, mount, other = stocked
     whole = damage(place, key, kind)
-    with mounted(place, tmp_path) as mount:
-        assert outcome(mount / "bad.db") == errno.errorcode[kind.code]
-        assert shell("cmp", tmp_path / "bad.db", mount / "bad.db").returncode != 0
-        assert "rror" in sqlite(mount / "bad.db", "SELECT total(length(a)) FROM t", check=False)
-        sqlite(mount / "bad.db", "INSERT INTO t VALUES (1)", check=False)
-        assert_the_rest_works(mount, tmp_path)
-        assert re.search(f"bad.db/.*({kind.says}).*; (put|upgrade)", mount.log), mount.log
-        place.put(key, whole)
-        assert_whole(mount, tmp_path)
-    with mounted(place, tmp_path) as mount:
-        assert_whole(mount, tmp_path)
+    assert outcome(mount / "bad.db") == errno.errorcode[kind.code]
+    assert shell("cmp", stock / "bad.db", mount / "bad.db").returncode != 0
+    assert "rror" in sqlite(mount / "bad.db", "SELECT total(length(a)) FROM t", check=False)
+    sqlite(mount / "bad.db", "INSERT INTO t VALUES (1)", check=False)
+    assert_the_rest_works(mount, stock)
+    assert re.search(f"{place.prefix}/bad.db/.*({kind.says}).*; (put|upgrade)", log()), log()
+    place.put(key, whole)
+    assert_whole(mount, stock)
+    assert_whole(other, stock)
 
 
-def assert_the_rest_works(mount: Mount, tmp_path: Path) -> None:
-    assert shell("cmp", tmp_path / "good.db", mount / "good.db").stdout == ""
+def assert_the_rest_works(mount: Folder, stock: Path) -> None:
+    assert shell("cmp", stock / "good.db", mount / "good.db").stdout == ""
     sqlite(mount / "fresh.db", ROWS)
     assert {"bad.db", "fresh.db", "good.db"} <= set(shell("ls", mount.directory).stdout.split())
 
 
-def assert_whole(mount: Mount, tmp_path: Path) -> None:
+def assert_whole(mount: Folder, stock: Path) -> None:
     assert sqlite(mount / "bad.db", "PRAGMA integrity_check") == "ok"
-    expected = sqlite(tmp_path / "bad.db", "SELECT hex(max(a)), hex(min(a)) FROM t WHERE typeof(a) = 'blob'")
+    expected = sqlite(stock / "bad.db", "SELECT hex(max(a)), hex(min(a)) FROM t WHERE typeof(a) = 'blob'")
     assert sqlite(mount / "bad.db", "SELECT hex(max(a)), hex(min(a)) FROM t WHERE typeof(a) = 'blob'") == expected
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_unreadable_head(stocked: Place, tmp_path: Path, kind: str) -> None:
-    check_damage(stocked, tmp_path, "bad.db/head", HEADS[kind])
+def test_unreadable_head(stocked: Shared, stock: Path, log: Callable[[], str], kind: str) -> None:
+    check_damage(stocked, stock, log, "bad.db/head", HEADS[kind])
 
 
 @pytest.mark.parametrize("kind", DATA)
-def test_unreadable_data_object(stocked: Place, tmp_path: Path, kind: str) -> None:
-    (key,) = [key for key in stocked.listing() if key.startswith("bad.db/data/")]
-    check_damage(stocked, tmp_path, key, DATA[kind])
+def test_unreadable_data_object(stocked: Shared, stock: Path, log: Callable[[], str], kind: str) -> None:
+    (key,) = [key for key in stocked[0].listing() if key.startswith("bad.db/data/")]
+    check_damage(stocked, stock, log, key, DATA[kind])
 
 
-def test_swapped_data_objects(stocked: Place, tmp_path: Path) -> None:
+def test_swapped_data_objects(stocked: Shared, stock: Path) -> None:
     """An object under another one's name does not verify, though it is sound in itself: I/O errors, no mixture."""
-    keys = [key for key in stocked.listing() if "/data/" in key]
-    bodies = [stocked.get(key) for key in keys]
+    place, mount, other = stocked
+    keys = [key for key in place.listing() if "/data/" in key]
+    bodies = [place.get(key) for key in keys]
     for key, body in zip(keys, reversed(bodies), strict=True):
-        stocked.put(key, body)
-    with mounted(stocked, tmp_path) as mount:
-        for name in ("bad.db", "good.db"):
-            assert outcome(mount / name) == "EIO"
+        place.put(key, body)
+    for name in ("bad.db", "good.db"):
+        assert outcome(mount / name) == "EIO"
     for key, body in zip(keys, bodies, strict=True):
-        stocked.put(key, body)
-    with mounted(stocked, tmp_path) as mount:
-        assert_whole(mount, tmp_path)
-        assert_the_rest_works(mount, tmp_path)
+        place.put(key, body)
+    for shown in (mount, other):
+        assert_whole(shown, stock)
+    assert_the_rest_works(other, stock)
 
 
 @pytest.mark.parametrize("kind", ["rubbish", "newer"])
-def test_commands_say_what_is_wrong(stocked: Place, tmp_path: Path, empty: Path, kind: str) -> None:
+def test_commands_say_what_is_wrong(stocked: Shared, empty: Path, kind: str) -> None:
     """Mounting what is unreadable: exit code 6, one line, the object's name. The folder above still lists."""
-    damage(stocked, "bad.db/head", HEADS[kind])
-    said = failing_mount(stocked.inside("bad.db"), empty)
+    place = stocked[0]
+    damage(place, "bad.db/head", HEADS[kind])
+    said = failing_mount(place.inside("bad.db"), empty)
     assert said.startswith("6 ")
     assert "bad.db/head" in said
     assert re.search(HEADS[kind].says, said)
-    done = command(stocked, "ls", stocked.target, "--endpoint-url", stocked.url)
+    done = command(place, "ls", place.target, "--endpoint-url", place.url)
     assert (done.returncode, done.stdout.split()) == (0, ["bad.db", "good.db"])
 
 
-def test_a_head_that_breaks_under_an_open_connection(stocked: Place, tmp_path: Path) -> None:
+def test_a_head_that_breaks_under_an_open_connection(stocked: Shared) -> None:
     """The connection gets an error, not old or wrong rows, and goes on when the head is whole again."""
     script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1])\nfor line in sys.stdin:\n  try: print(db.execute("
     script += "'SELECT count(*) FROM t').fetchall(), flush=True)\n  except sqlite3.Error as e: print(e, flush=True)"
-    with mounted(stocked, tmp_path) as mount:
-        reader = subprocess.Popen(
-            [sys.executable, "-c", script, mount / "bad.db"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    place, mount, _ = stocked
+    reader = subprocess.Popen(
+        [sys.executable, "-c", script, mount / "bad.db"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdin is not None
+    assert reader.stdout is not None
+
+    def ask() -> str:
         assert reader.stdin is not None
         assert reader.stdout is not None
+        reader.stdin.write("\n")
+        reader.stdin.flush()
+        return reader.stdout.readline().strip()
 
-        def ask() -> str:
-            assert reader.stdin is not None
-            assert reader.stdout is not None
-            reader.stdin.write("\n")
-            reader.stdin.flush()
-            return reader.stdout.readline().strip()
-
-        try:
-            assert ask() == "[(1000,)]"
-            whole = damage(stocked, "bad.db/head", HEADS["rubbish"])
-            assert ask() == "disk I/O error"
-            stocked.put("bad.db/head", whole)
-            assert ask() == "[(1000,)]"
-        finally:
-            reader.kill()
-            reader.communicate()
+    try:
+        assert ask() == "[(1000,)]"
+        whole = damage(place, "bad.db/head", HEADS["rubbish"])
+        assert ask() == "disk I/O error"
+        place.put("bad.db/head", whole)
+        assert ask() == "[(1000,)]"
+    finally:
+        reader.kill()
+        reader.communicate()

@@ -273,7 +273,7 @@ MODES = ["DELETE", "TRUNCATE", "PERSIST"]
 def test_a_rollback_is_told_from_a_commit(mode: str, synchronous: str, page_size: int, tmp_path: Path) -> None:
     """From the images alone: after a play-back every dirty byte is the committed one, after a COMMIT some are not."""
     path = tmp_path / "a.db"
-    create(path, page_size, rows=1000 if page_size < 32768 else 6000)
+    create(path, page_size, rows=300 if page_size < 2048 else 1000 if page_size < 32768 else 6000)
     with watched(path) as (recorder, run):
         run(f"PRAGMA journal_mode={mode}")
         run(f"PRAGMA synchronous={synchronous}")

@@ -35,7 +35,7 @@ def export(world: World, block_size: int, target: str = "out/x.db") -> bytes:
     version = world.heads().read() or world.heads(P).read()
     assert version is not None
     snapshot = Snapshot.load(source_of(world), version)
-    legacy.export_layout(snapshot, source_of(world, target), block_size)
+    legacy.export_layout(snapshot, source_of(world, target), block_size, lambda *_: None)
     return snapshot.read(0, version.head.size)
 
 

@@ -10,7 +10,7 @@ import apsw
 import boto3
 import pytest
 import s3vfs
-from mounting import Client, Place, SqlError, mounted, shell, sqlite
+from mounting import Client, Place, Shared, SqlError, mounted, shell, sqlite
 from s3vfs import CREATE, dump, fill, run
 
 from s3blockfs import connect
@@ -27,26 +27,25 @@ def bucket_of(place: Place) -> Any:
 @pytest.mark.parametrize(
     ("block_size", "page_size"), [(4095, 4096), (4096, 4096), (4097, 512), (65536, 4096), (8192, 65536)]
 )
-def test_read_then_written(place: Place, tmp_path: Path, block_size: int, page_size: int) -> None:
+def test_read_then_written(shared: Shared, tmp_path: Path, block_size: int, page_size: int) -> None:
+    place, mount, other = shared
     bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
     run(bucket, prefix, f"PRAGMA page_size={page_size}", CREATE, fill(300), block_size=block_size)
     content = s3vfs.content(bucket, prefix)
     listed = place.listing()
-    with mounted(place, tmp_path) as mount:
-        file = mount / "old.db"
-        assert shell("ls", mount.directory).stdout.split() == ["old.db"]
-        assert shell("stat", "-c", "%s", file).stdout.strip() == str(len(content))
-        shell("cp", file, tmp_path / "copy", check=True)
-        assert (tmp_path / "copy").read_bytes() == content
-        assert sqlite(file, "PRAGMA integrity_check; SELECT count(*), sum(length(data)) FROM t") == "ok\n300|90000"
-        assert set(place.listing()) - {".s3blockfs/store"} == set(listed)
-        sqlite(file, "INSERT INTO t VALUES (1000, 'new')")
-        assert sqlite(file, "PRAGMA integrity_check; SELECT count(*) FROM t") == "ok\n301"
-        assert set(place.listing()).isdisjoint(listed)
-        with pytest.raises(apsw.Error):
-            run(bucket, prefix, "SELECT count(*) FROM t", block_size=block_size)
-    with mounted(place, tmp_path) as mount:
-        assert sqlite(mount / "old.db", "SELECT data FROM t WHERE id=1000") == "new"
+    file = mount / "old.db"
+    assert shell("ls", mount.directory).stdout.split() == ["old.db"]
+    assert shell("stat", "-c", "%s", file).stdout.strip() == str(len(content))
+    shell("cp", file, tmp_path / "copy", check=True)
+    assert (tmp_path / "copy").read_bytes() == content
+    assert sqlite(file, "PRAGMA integrity_check; SELECT count(*), sum(length(data)) FROM t") == "ok\n300|90000"
+    assert set(place.listing()) - {".s3blockfs/store"} == set(listed)
+    sqlite(file, "INSERT INTO t VALUES (1000, 'new')")
+    assert sqlite(file, "PRAGMA integrity_check; SELECT count(*) FROM t") == "ok\n301"
+    assert set(place.listing()).isdisjoint(listed)
+    with pytest.raises(apsw.Error):
+        run(bucket, prefix, "SELECT count(*) FROM t", block_size=block_size)
+    assert sqlite(other / "old.db", "SELECT data FROM t WHERE id=1000") == "new"
 
 
 def test_a_leftover_journal(place: Place, tmp_path: Path) -> None:
@@ -75,11 +74,12 @@ def test_a_leftover_journal(place: Place, tmp_path: Path) -> None:
     assert not any("-journal" in key for key in place.listing())
 
 
-def test_that_library_writes_while_it_is_mounted(place: Place, tmp_path: Path) -> None:
+def test_that_library_writes_while_it_is_mounted(shared: Shared) -> None:
     """An open connection sees the old state, the new one, or an error."""
+    place, mount, _ = shared
     bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
     run(bucket, prefix, CREATE, fill(200))
-    with mounted(place, tmp_path) as mount, Client(mount / "old.db") as client:
+    with Client(mount / "old.db") as client:
         assert client("SELECT count(*) FROM t") == [[200]]
         for value in range(5):
             client("BEGIN")

@@ -13,6 +13,7 @@ from mounting import (
     PATIENCE_S,
     Client,
     Place,
+    Shared,
     SqlError,
     clean_up,
     command,
@@ -30,6 +31,12 @@ from s3blockfs.format import head as codec
 pytestmark = pytest.mark.mount
 
 TWO_ROWS = "CREATE TABLE t(a); INSERT INTO t VALUES (1), (2)"
+
+
+@pytest.fixture
+def shared(shared: Shared) -> Shared:
+    shell("mkdir", shared[1].directory, check=True)
+    return shared
 
 
 def head_puts(proxy: FaultProxy) -> int:
@@ -160,36 +167,33 @@ def adopt_without_name(place: Place, source: str, target: str) -> None:
         if key.startswith(f"{source}/"):
             body = place.get(key)
             if key == f"{source}/head":
-                body = codec.encode(replace(codec.decode(body, key), name=None))
+                body = codec.encode(replace(codec.decode(body, key), name=None, lease=None))
             place.put(target + key[len(source) :], body)
 
 
-def test_names(place: Place, tmp_path: Path) -> None:
+def test_names(shared: Shared) -> None:
     """`b.sqlite` is the file b.sqlite; a nameless `acme` is shown as acme.sqlite and found under both names."""
-    with mounted(place, tmp_path) as mount:
-        sqlite(mount / "made.db", TWO_ROWS)
+    place, mount, other = shared
+    sqlite(mount / "made.db", TWO_ROWS)
     adopt_without_name(place, "made.db", "a/b.sqlite")
     adopt_without_name(place, "made.db", "tenants/acme")
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        assert shell("ls", mount / "a").stdout == "b.sqlite\n"
-        assert shell("ls", mount / "tenants").stdout == "acme.sqlite\n"
-        assert shell("readlink", mount / "tenants/acme").stdout == "acme.sqlite\n"  # one inode: SQLite sees one file
-        for name in ("tenants/acme", "tenants/acme.sqlite"):
-            assert shell("stat", "-L", "-c", "%F", mount / name).stdout == "regular file\n"
-            sqlite(mount / name, f"INSERT INTO t VALUES ('{name}')")
-            assert (
-                sqlite(other / "tenants/acme", "SELECT a FROM t WHERE typeof(a)='text' ORDER BY 1 DESC LIMIT 1") == name
-            )
-        assert sqlite(mount / "tenants/acme.sqlite", "SELECT count(*) FROM t") == "4"
-        assert shell("ls", "-1", mount.directory).stdout.split() == ["a", "made.db", "tenants"]
+    assert shell("ls", mount / "a").stdout == "b.sqlite\n"
+    assert shell("ls", mount / "tenants").stdout == "acme.sqlite\n"
+    assert shell("readlink", mount / "tenants/acme").stdout == "acme.sqlite\n"  # one inode: SQLite sees one file
+    for name in ("tenants/acme", "tenants/acme.sqlite"):
+        assert shell("stat", "-L", "-c", "%F", mount / name).stdout == "regular file\n"
+        sqlite(mount / name, f"INSERT INTO t VALUES ('{name}')")
+        assert sqlite(other / "tenants/acme", "SELECT a FROM t WHERE typeof(a)='text' ORDER BY 1 DESC LIMIT 1") == name
+    assert sqlite(mount / "tenants/acme.sqlite", "SELECT count(*) FROM t") == "4"
+    assert shell("ls", "-1", mount.directory).stdout.split() == ["a", "made.db", "tenants"]
 
 
-def test_both_names_of_a_database_share_locks_and_journal(place: Place, tmp_path: Path) -> None:
+def test_both_names_of_a_database_share_locks_and_journal(shared: Shared) -> None:
     """A writer that uses the one name keeps out a writer that uses the other."""
-    with mounted(place, tmp_path) as mount:
-        sqlite(mount / "made.db", TWO_ROWS)
+    place, mount, _ = shared
+    sqlite(mount / "made.db", TWO_ROWS)
     adopt_without_name(place, "made.db", "x/acme")
-    with mounted(place, tmp_path) as mount, Client(mount / "x/acme") as one, Client(mount / "x/acme.sqlite") as two:
+    with Client(mount / "x/acme") as one, Client(mount / "x/acme.sqlite") as two:
         one("BEGIN IMMEDIATE", "UPDATE t SET a = a + 1")
         with pytest.raises(SqlError, match="locked"):
             two("BEGIN IMMEDIATE")
@@ -199,29 +203,28 @@ def test_both_names_of_a_database_share_locks_and_journal(place: Place, tmp_path
         assert one("SELECT sum(a) FROM t") == [[7]]
 
 
-def test_exact_names_win(place: Place, tmp_path: Path) -> None:
+def test_exact_names_win(shared: Shared) -> None:
     """With both `acme` (nameless) and `acme.sqlite` there, that name means the second."""
-    with mounted(place, tmp_path) as mount:
-        sqlite(mount / "acme.sqlite", "CREATE TABLE t(a); INSERT INTO t VALUES ('exact')")
-        sqlite(mount / "made.db", "CREATE TABLE t(a); INSERT INTO t VALUES ('alias')")
+    place, mount, _ = shared
+    sqlite(mount / "acme.sqlite", "CREATE TABLE t(a); INSERT INTO t VALUES ('exact')")
+    sqlite(mount / "made.db", "CREATE TABLE t(a); INSERT INTO t VALUES ('alias')")
     adopt_without_name(place, "made.db", "acme")
-    with mounted(place, tmp_path) as mount:
-        assert sqlite(mount / "acme.sqlite", "SELECT a FROM t") == "exact"
-        assert sqlite(mount / "acme", "SELECT a FROM t") == "alias"
-        assert shell("ls", mount.directory).stdout.split().count("acme.sqlite") == 1
+    assert sqlite(mount / "acme.sqlite", "SELECT a FROM t") == "exact"
+    assert sqlite(mount / "acme", "SELECT a FROM t") == "alias"
+    assert shell("ls", mount.directory).stdout.split().count("acme.sqlite") == 1
 
 
 @pytest.mark.parametrize(
     "name", ["plain", "two words.db", "ünïcödé 数据.sqlite", "UPPER.DB", "a.b.c", "-dash", "%41+&?#"]
 )
-def test_created_files_keep_their_exact_name(place: Place, tmp_path: Path, name: str) -> None:
-    """Also without a dot, with spaces, outside ASCII, with what URLs escape; here, elsewhere, and after a restart."""
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        sqlite(mount / name, TWO_ROWS)
-        for shown in (mount, other):
-            assert shell("ls", "-N", shown.directory).stdout == f"{name}\n"
-            assert sqlite(shown / name, "SELECT sum(a) FROM t") == "3"
-        assert "No such file" in shell("stat", mount / f"{name}.sqlite").stderr
+def test_created_files_keep_their_exact_name(shared: Shared, name: str) -> None:
+    """Also without a dot, with spaces, outside ASCII, with what URLs escape; here and elsewhere."""
+    place, mount, other = shared
+    sqlite(mount / name, TWO_ROWS)
+    for shown in (mount, other):
+        assert shell("ls", "-N", shown.directory).stdout == f"{name}\n"
+        assert sqlite(shown / name, "SELECT sum(a) FROM t") == "3"
+    assert "No such file" in shell("stat", mount / f"{name}.sqlite").stderr
     assert f"{name}/head" in place.listing()
 
 
@@ -256,22 +259,23 @@ def same(one: Path, two: Path) -> bool:
     return shell("cmp", one, two).returncode == 0
 
 
-def test_cp_is_byte_identical(place: Place, tmp_path: Path) -> None:
+def test_cp_is_byte_identical(shared: Shared, tmp_path: Path) -> None:
     """A database copied in under a fresh name comes out as it was: here, on another mount, and after a restart."""
     source = local_database(tmp_path / "file.db")
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        assert shell("cp", "-p", source, str(mount.directory) + "/").stderr == ""
-        for shown in (mount, other):
-            assert same(source, shown / "file.db")
-            assert sqlite(shown / "file.db", "PRAGMA integrity_check") == "ok"
+    place, mount, other = shared
+    assert shell("cp", "-p", source, str(mount.directory) + "/").stderr == ""
+    for shown in (mount, other):
+        assert same(source, shown / "file.db")
+        assert sqlite(shown / "file.db", "PRAGMA integrity_check") == "ok"
     with mounted(place, tmp_path) as mount:
         assert same(source, mount / "file.db")
 
 
-def test_cp_over_a_database_replaces_it(place: Place, tmp_path: Path) -> None:
+def test_cp_over_a_database_replaces_it(shared: Shared, tmp_path: Path) -> None:
     """All of it but the change counter, which goes on, so that readers notice; of a longer one nothing is left."""
     old, new = local_database(tmp_path / "old.db", 3), local_database(tmp_path / "new.db", 1)
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other, Client(other / "a.db") as reader:
+    _, mount, other = shared
+    with Client(other / "a.db") as reader:
         shell("cp", old, mount / "a.db", check=True)
         assert reader("SELECT count(*) FROM t") == [[768]]
         shell("cp", new, mount / "a.db", check=True)
@@ -306,50 +310,51 @@ def test_cp_reports_failure_when_the_store_refuses(place: Place, tmp_path: Path,
         assert sqlite(other / "a.db", "SELECT count(*) FROM t") == "256"
 
 
-def test_unlink(place: Place, tmp_path: Path) -> None:
+def test_unlink(shared: Shared) -> None:
     """A deleted database is gone here, elsewhere and for good; the name can be used again."""
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        for name in ("a.db", "b.db"):
-            sqlite(mount / name, TWO_ROWS)
-        assert shell("ls", other.directory).stdout.split() == ["a.db", "b.db"]
-        assert shell("rm", mount / "a.db").returncode == 0
-        for shown in (mount, other):
-            assert shell("ls", shown.directory).stdout.split() == ["b.db"]
-            assert "No such file" in shell("cat", shown / "a.db").stderr
-        assert shell("rm", mount / "a.db").returncode != 0
-        sqlite(other / "a.db", "CREATE TABLE fresh(x)")
-        assert sqlite(mount / "a.db", ".tables") == "fresh"
+    _, mount, other = shared
+    for name in ("a.db", "b.db"):
+        sqlite(mount / name, TWO_ROWS)
+    assert shell("ls", other.directory).stdout.split() == ["a.db", "b.db"]
+    assert shell("rm", mount / "a.db").returncode == 0
+    for shown in (mount, other):
+        assert shell("ls", shown.directory).stdout.split() == ["b.db"]
+        assert "No such file" in shell("cat", shown / "a.db").stderr
+    assert shell("rm", mount / "a.db").returncode != 0
+    sqlite(other / "a.db", "CREATE TABLE fresh(x)")
+    assert sqlite(mount / "a.db", ".tables") == "fresh"
 
 
-def test_unlinked_while_open(place: Place, tmp_path: Path) -> None:
+def test_unlinked_while_open(shared: Shared) -> None:
     """Who has it open reads what he had, or gets an error, and cannot write; there and on the mount that deleted it."""
     script = "import os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); print(os.pread(fd, 9, 0), flush=True)"
     script += "; sys.stdin.readline(); print(os.pread(fd, 99, 0))"
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        sqlite(mount / "a.db", TWO_ROWS)
-        shell("sh", "-c", 'printf something > "$1"', "sh", mount / "f", check=True)
-        plain = subprocess.Popen(
-            ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert plain.stdout is not None
-            assert plain.stdout.readline() == "b'something'\n"
-            with Client(mount / "a.db") as here, Client(other / "a.db") as elsewhere:
-                assert here("SELECT sum(a) FROM t") == elsewhere("SELECT sum(a) FROM t") == [[3]]
-                assert shell("rm", mount / "a.db", mount / "f").returncode == 0
-                for client in (here, elsewhere):
-                    with pytest.raises(SqlError, match="disk I/O error"):
-                        client("INSERT INTO t VALUES (3)")
-            assert plain.communicate("\n", timeout=PATIENCE_S)[0] == "b'something'\n"
-        finally:
-            plain.kill()
-            plain.communicate()
-        assert shell("ls", mount.directory).stdout == shell("ls", other.directory).stdout == ""
+    _, mount, other = shared
+    sqlite(mount / "a.db", TWO_ROWS)
+    shell("sh", "-c", 'printf something > "$1"', "sh", mount / "f", check=True)
+    plain = subprocess.Popen(
+        ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert plain.stdout is not None
+        assert plain.stdout.readline() == "b'something'\n"
+        with Client(mount / "a.db") as here, Client(other / "a.db") as elsewhere:
+            assert here("SELECT sum(a) FROM t") == elsewhere("SELECT sum(a) FROM t") == [[3]]
+            assert shell("rm", mount / "a.db", mount / "f").returncode == 0
+            for client in (here, elsewhere):
+                with pytest.raises(SqlError, match="disk I/O error"):
+                    client("INSERT INTO t VALUES (3)")
+        assert plain.communicate("\n", timeout=PATIENCE_S)[0] == "b'something'\n"
+    finally:
+        plain.kill()
+        plain.communicate()
+    assert shell("ls", mount.directory).stdout == shell("ls", other.directory).stdout == ""
 
 
-def test_side_files_never_go_to_s3(place: Place, tmp_path: Path) -> None:
+def test_side_files_never_go_to_s3(shared: Shared) -> None:
     """In mid-transaction, with spilled pages, the bucket holds nothing of it and the other mount shows nothing."""
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other, Client(mount / "a.db") as writer:
+    place, mount, other = shared
+    with Client(mount / "a.db") as writer:
         writer("CREATE TABLE t(a)", "PRAGMA cache_size=2", "BEGIN")
         writer(f"INSERT INTO t SELECT randomblob(900) FROM ({numbers(300)})")
         assert "a.db-journal" in shell("ls", mount.directory).stdout.split()
@@ -362,14 +367,10 @@ def test_side_files_never_go_to_s3(place: Place, tmp_path: Path) -> None:
         assert [key for key in place.listing() if "journal" in key] == []
 
 
-def test_wal_is_refused_and_nothing_breaks(place: Place, tmp_path: Path) -> None:
+def test_wal_is_refused_and_nothing_breaks(shared: Shared) -> None:
     """`journal_mode=WAL` is an error, never a quiet half: this and other connections go on in DELETE mode."""
-    with (
-        mounted(place, tmp_path) as mount,
-        mounted(place, tmp_path) as other,
-        Client(mount / "a.db") as one,
-        Client(mount / "a.db") as two,
-    ):
+    _, mount, other = shared
+    with Client(mount / "a.db") as one, Client(mount / "a.db") as two:
         one(*TWO_ROWS.split(";"))
         assert two("SELECT sum(a) FROM t") == [[3]]
         with pytest.raises(SqlError, match="disk I/O error"):
@@ -388,81 +389,76 @@ def test_wal_is_refused_and_nothing_breaks(place: Place, tmp_path: Path) -> None
         assert not [name for name in shell("ls", mount.directory).stdout.split() if name.endswith(("-wal", "-shm"))]
 
 
-def test_a_wal_database_that_was_copied_in_opens_in_rollback_mode(place: Place, tmp_path: Path) -> None:
+def test_a_wal_database_that_was_copied_in_opens_in_rollback_mode(shared: Shared, tmp_path: Path) -> None:
     source = local_database(tmp_path / "wal.db", 1, "WAL")
     assert sqlite(source, "PRAGMA journal_mode") == "wal"
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        assert shell("cp", source, mount / "a.db").returncode == 0
-        for left, shown in ((256, mount), (255, other)):
-            assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"delete\n{left}"
-            sqlite(shown / "a.db", ".timeout 60000", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
-        assert sqlite(mount / "a.db", "SELECT count(*) FROM t; PRAGMA integrity_check") == "254\nok"
+    _, mount, other = shared
+    assert shell("cp", source, mount / "a.db").returncode == 0
+    for left, shown in ((256, mount), (255, other)):
+        assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"delete\n{left}"
+        sqlite(shown / "a.db", ".timeout 60000", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
+    assert sqlite(mount / "a.db", "SELECT count(*) FROM t; PRAGMA integrity_check") == "254\nok"
 
 
-def test_plain_files(place: Place, tmp_path: Path) -> None:
+def test_plain_files(shared: Shared) -> None:
     """What is no database is a file of bytes: written, appended to, cut, extended, overwritten in the middle."""
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
+    _, mount, other = shared
 
-        def do(script: str) -> None:
-            done = shell("sh", "-ec", script, "sh", mount / "notes.txt")
-            assert (done.returncode, done.stderr) == (0, "")
+    def do(script: str) -> None:
+        done = shell("sh", "-ec", script, "sh", mount / "notes.txt")
+        assert (done.returncode, done.stderr) == (0, "")
 
-        def shows(content: bytes) -> None:
-            for shown in (mount, other):
-                assert shell("cat", shown / "notes.txt", text=False).stdout == content
-                assert int(shell("stat", "-c", "%s", shown / "notes.txt").stdout) == len(content)
+    def shows(content: bytes) -> None:
+        for shown in (mount, other):
+            assert shell("cat", shown / "notes.txt", text=False).stdout == content
+            assert int(shell("stat", "-c", "%s", shown / "notes.txt").stdout) == len(content)
 
-        do('echo hello > "$1"')
-        shows(b"hello\n")
-        do('echo more >> "$1"')
-        shows(b"hello\nmore\n")
-        do('truncate -s 8 "$1"')
-        shows(b"hello\nmo")
-        do('truncate -s 12 "$1"')
-        shows(b"hello\nmo\0\0\0\0")
-        do('printf XYZ | dd of="$1" bs=1 seek=2 conv=notrunc,fsync status=none')
-        shows(b"heXYZ\nmo\0\0\0\0")
-        do(': > "$1"')
-        shows(b"")
+    do('echo hello > "$1"')
+    shows(b"hello\n")
+    do('echo more >> "$1"')
+    shows(b"hello\nmore\n")
+    do('truncate -s 8 "$1"')
+    shows(b"hello\nmo")
+    do('truncate -s 12 "$1"')
+    shows(b"hello\nmo\0\0\0\0")
+    do('printf XYZ | dd of="$1" bs=1 seek=2 conv=notrunc,fsync status=none')
+    shows(b"heXYZ\nmo\0\0\0\0")
+    do(': > "$1"')
+    shows(b"")
 
 
-def test_fsync_publishes_while_the_file_is_open(place: Place, tmp_path: Path) -> None:
+def test_fsync_publishes_while_the_file_is_open(shared: Shared) -> None:
     """After fsync(2) returns another machine reads the bytes; before, it reads nothing of them."""
     script = (
         "import os, sys; fd = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(fd, b'first'); os.fsync(fd);"
         "os.write(fd, b' second'); print('synced', flush=True); sys.stdin.readline(); os.close(fd)"
     )
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        writer = subprocess.Popen(
-            ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == "synced\n"
-            assert shell("cat", other / "f").stdout == "first"
-            assert shell("cat", mount / "f").stdout == "first second"
-            writer.communicate("\n", timeout=PATIENCE_S)
-        finally:
-            writer.kill()
-            writer.communicate()
-        assert shell("cat", other / "f").stdout == "first second"
+    _, mount, other = shared
+    writer = subprocess.Popen(
+        ["python3", "-c", script, mount / "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "synced\n"
+        assert shell("cat", other / "f").stdout == "first"
+        assert shell("cat", mount / "f").stdout == "first second"
+        writer.communicate("\n", timeout=PATIENCE_S)
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert shell("cat", other / "f").stdout == "first second"
 
 
-def test_sparse_files(place: Place, tmp_path: Path) -> None:
+def test_sparse_files(shared: Shared) -> None:
     """A hole costs nothing and reads as zeros, however large."""
-    with mounted(place, tmp_path) as mount, mounted(place, tmp_path) as other:
-        shell("truncate", "-s", "5G", mount / "sparse", check=True)
-        shell(
-            "sh",
-            "-c",
-            'printf middle | dd of="$1" bs=1 seek=3000000000 conv=notrunc',
-            "sh",
-            mount / "sparse",
-            check=True,
-        )
-        for shown in (mount, other):
-            assert int(shell("stat", "-c", "%s", shown / "sparse").stdout) == 5 << 30
-            piece = shell("dd", f"if={shown / 'sparse'}", "bs=1000", "skip=2999999", "count=3", text=False).stdout
-            assert piece == bytes(1000) + b"middle" + bytes(1994)
-            assert shell("tail", "-c", "100", shown / "sparse", text=False).stdout == bytes(100)
-        assert sum(len(place.get(key)) for key in place.listing()) < 1 << 20
+    place, mount, other = shared
+    shell("truncate", "-s", "5G", mount / "sparse", check=True)
+    shell(
+        "sh", "-c", 'printf middle | dd of="$1" bs=1 seek=3000000000 conv=notrunc', "sh", mount / "sparse", check=True
+    )
+    for shown in (mount, other):
+        assert int(shell("stat", "-c", "%s", shown / "sparse").stdout) == 5 << 30
+        piece = shell("dd", f"if={shown / 'sparse'}", "bs=1000", "skip=2999999", "count=3", text=False).stdout
+        assert piece == bytes(1000) + b"middle" + bytes(1994)
+        assert shell("tail", "-c", "100", shown / "sparse", text=False).stdout == bytes(100)
+    assert sum(len(place.get(key)) for key in place.listing()) < 1 << 20

@@ -79,7 +79,8 @@ def test_idle_means_no_requests(
 ) -> None:
     """After the last commit the lease is given back, one PUT for each database; then an open database asks nothing for
     as long as nobody uses it. In mid-transaction only its lease is renewed."""
-    with mounted(place.via(proxy.url), tmp_path) as mount, Client(mount / "a.db") as one, Client(mount / "b.db") as two:
+    daemon = mounted(place.via(proxy.url), tmp_path, "--lease", "6")  # renewed every 2 s
+    with daemon as mount, Client(mount / "a.db") as one, Client(mount / "b.db") as two:
         one("CREATE TABLE t(a)", "SELECT * FROM t")
         two("CREATE TABLE t(a)")
         sqlite(mount / "c.db", "CREATE TABLE t(a)")
@@ -89,12 +90,12 @@ def test_idle_means_no_requests(
         assert set(given_back) == {("PUT", "head")}
         assert given_back["PUT", "head"] <= 3  # the first may have been given back before
         proxy.reset()
-        time.sleep(5)
-        say(capsys, f"idle: {given_back.total()} leases given back, then {len(proxy.requests)} requests in 5 s")
+        time.sleep(3)
+        say(capsys, f"idle: {given_back.total()} leases given back, then {len(proxy.requests)} requests in 3 s")
         assert proxy.requests == []
         two("BEGIN IMMEDIATE", "INSERT INTO t VALUES (1)")
         proxy.reset()
-        time.sleep(5)
+        time.sleep(2.8)
         assert 1 <= proxy.counts()["PUT", "head"] <= 2
         assert len(proxy.requests) == proxy.counts()["PUT", "head"]
         proxy.reset()

@@ -94,15 +94,17 @@ def test_a_periodic_call_that_raises_is_logged_and_called_again(
 
 
 def test_a_periodic_call_may_stop_itself_and_begin_another(runtime: Runtime) -> None:
-    done = threading.Event()
+    known, done = threading.Event(), threading.Event()
     calls: list[str] = []
 
     def first() -> None:
+        known.wait(WAIT_S)
         calls.append("first")
         stop()
         runtime.every(0.01, done.set)
 
     stop = runtime.every(0.01, first)
+    known.set()
     assert done.wait(WAIT_S)
     assert calls == ["first"]
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import apsw
@@ -128,18 +129,17 @@ def test_a_transaction_reads_one_state_and_the_next_one_the_newest(place: Place,
 
 
 def test_a_change_of_another_machine_is_seen_and_makes_a_writer_start_again(place: Place, db: apsw.Connection) -> None:
-    other = connect(place, **ELSEWHERE)
-    other.execute("INSERT INTO t VALUES (1)")
-    db.execute("BEGIN")
-    assert rows(db) == []  # looked at less than a second ago
-    with pytest.raises(apsw.BusyError):
-        db.execute("INSERT INTO t VALUES (2)")  # at once: waiting would not help
-    db.execute("ROLLBACK")
-    assert rows(db) == [(1,)]
-    other.execute("INSERT INTO t VALUES (3)")
-    db.execute("INSERT INTO t VALUES (4)")  # no statement before it: SQLite itself can start again
-    assert elsewhere(place) == rows(other) == [(1,), (3,), (4,)]
-    other.close()
+    with closing(connect(place, refresh_s=60)) as patient, closing(connect(place, **ELSEWHERE)) as other:
+        other.execute("INSERT INTO t VALUES (1)")
+        patient.execute("BEGIN")
+        assert rows(patient) == []  # looked at less than a minute ago
+        with pytest.raises(apsw.BusyError):
+            patient.execute("INSERT INTO t VALUES (2)")  # at once: waiting would not help
+        patient.execute("ROLLBACK")
+        assert rows(patient) == [(1,)]
+        other.execute("INSERT INTO t VALUES (3)")
+        patient.execute("INSERT INTO t VALUES (4)")  # no statement before it: SQLite itself can start again
+        assert elsewhere(place) == rows(other) == [(1,), (3,), (4,)]
 
 
 def test_a_second_writer_of_this_process_waits(place: Place, db: apsw.Connection) -> None:

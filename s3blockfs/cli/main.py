@@ -1,8 +1,7 @@
 """The `s3blockfs` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
 A command is a function in a module `cli/<topic>_cmd.py`, see `options.command`. These functions import what is slow
-(boto3, libfuse, SQLite) themselves, so that `--help` is instant.
-"""
+(boto3, libfuse, SQLite) themselves, so that `--help` is instant."""
 
 import getopt
 import os

@@ -18,9 +18,7 @@ from s3blockfs.runtime import Runtime
 #: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
 DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
 READY = b"ready\n"
-
-#: How long `umount` waits: a daemon finishes its commit (60 s by default) before it goes.
-PATIENCE_S = 90.0
+PATIENCE_S = 90.0  # of `umount`: a daemon finishes its commit (60 s by default) before it goes
 
 #: Options of mount(8) and fstab(5) that say nothing to a file system in user space.
 _GENERIC = re.compile(

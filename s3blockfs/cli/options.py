@@ -37,8 +37,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
 
 def _match(pattern: str, text: str, complaint: str) -> re.Match[str]:
-    match = re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)
-    if match is None:
+    if (match := re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)) is None:
         raise click.BadParameter(f"{text!r} {complaint}")
     return match
 

@@ -2,8 +2,7 @@
 
 Header, frames, index, footer. A frame is one extent of the database file and verifies itself when only its own bytes
 were fetched. Log role ("segment"): extents of one or more commits, none crossing a block boundary, compressed when that
-helps. Base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte.
-"""
+helps. Base role ("block object"): whole blocks, uncompressed, so that slot i starts at a computable byte."""
 
 import struct
 import zlib

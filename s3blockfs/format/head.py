@@ -58,8 +58,7 @@ class NamedSnapshot(NamedTuple):
     archive: str
 
 
-#: Of a JSON value: raises ValueError or TypeError for what it cannot take.
-_Decode = Callable[[Any], Any]
+_Decode = Callable[[Any], Any]  # of a JSON value; raises ValueError or TypeError for what it cannot take
 
 
 def _exact(kind: type, value: Any) -> Any:

@@ -12,9 +12,7 @@ from s3blockfs.errors import DamagedObject, UsageError
 MAX_KEY_BYTES = 1024  # of UTF-8: Amazon S3 User Guide, "Naming Amazon S3 objects"
 LONGEST_SUFFIX_BYTES = 48  # at most, behind a prefix: `/map/`, 6 + 16 + 16 digits and two `-` are 45
 NONCE_BYTES = 8
-
-#: Hidden folder under a mounted prefix: the probe's result and the marks of deleted databases.
-HIDDEN_FOLDER = ".s3blockfs"
+HIDDEN_FOLDER = ".s3blockfs"  # under a mounted prefix: the probe's result and the marks of deleted databases
 
 _DATED = re.compile(r"(?:data/|archive/|map/[0-9]{6,}-)([0-9a-f]{16})-[0-9a-f]{16}")
 _REF = re.compile(r"([0-9a-f]{16})-([0-9a-f]{16})-([0-9a-f]{16})")

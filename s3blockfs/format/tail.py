@@ -25,8 +25,7 @@ _RECORD = struct.Struct(">Q16sQQQI")  # seq, commit id, time in ms, size in byte
 _CHUNK = struct.Struct(">QHHB")  # offset, raw length, stored length, codec
 _RAW, _ZLIB, _DELTA = 0, 1, 2
 
-#: (offset, length) -> the last version of that chunk.
-_Latest = dict[tuple[int, int], bytes]
+_Latest = dict[tuple[int, int], bytes]  # (offset, length) -> the last version of that chunk
 
 
 class LogCommit(NamedTuple):
@@ -100,8 +99,7 @@ def split_chunks(offset: int, data: bytes, block_size: int) -> Iterable[tuple[in
 def _encode(commit: LogCommit, latest: _Latest) -> bytes:
     parts = [_RECORD.pack(*commit.record, len(commit.chunks))]
     for offset, data in commit.chunks:
-        previous = latest.get((offset, len(data)))
-        if previous is None:
+        if (previous := latest.get((offset, len(data)))) is None:
             codec, stored = _ZLIB, zlib.compress(data, 6)
         else:
             packer = zlib.compressobj(6, zdict=previous)
