@@ -93,8 +93,9 @@ class Publisher:
             )
             return made
 
+        sent_s = source.runtime.monotonic()  # whoever is stopped before the answer comes must not count from that
         version = self._lease.heads.swap(base.version, make, commit=True)
-        self._lease.committed(version.head)
+        self._lease.committed(version.head, sent_s)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
         if self._rolling is None and (_is_beyond(head.tail, ROLL_BYTES, 1) or _holds_up_a_fold(head)):

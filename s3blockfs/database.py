@@ -163,7 +163,7 @@ class Database(State):
 
     def _publish(self, finalising: int | None = None) -> None:
         """`finalising`: the process whose journal is being finalised."""
-        view = self._view
+        view, now = self._view, self._source.runtime.monotonic()
         try:
             if finalising is not None:
                 self._shrink_to_header(finalising)
@@ -182,7 +182,7 @@ class Database(State):
             self.publishing = False
         self._wrote = True
         newest = version.etag != SUPERSEDED
-        self.checked_s = self._source.runtime.monotonic() if newest else float("-inf")
+        self.checked_s = now if newest else float("-inf")
         self._adopt(version, snapshot)
         self._moved |= counter_set or snapshot is None
 

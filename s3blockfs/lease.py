@@ -93,13 +93,12 @@ class Lease:
             return None if over else self._new()
         return current
 
-    def committed(self, head: Head) -> None:
-        """A commit of this process applied; `head` is the newest one."""
-        now = self._runtime.monotonic()
-        was_held, self._held, self._renewed_s = self._held, self._is_own(head.lease), now
+    def committed(self, head: Head, sent_s: float) -> None:
+        """A commit of this process, sent then, applied; `head` is the newest one."""
+        was_held, self._held, self._renewed_s = self._held, self._is_own(head.lease), sent_s
         self._session = self._user is not None
         if was_held and not self._held:
-            self._rest_until_s = now + self._runtime.uniform(REST_S / 2, REST_S)
+            self._rest_until_s = self._runtime.monotonic() + self._runtime.uniform(REST_S / 2, REST_S)
 
     def tick(self) -> None:
         """Called every now and then: give the lease back, or renew it, on an I/O thread."""
