@@ -9,16 +9,16 @@ from collections.abc import Callable
 from random import Random
 
 from engine import build_journal
-from simulation.clients import MOST_PAGES, first_page
-from simulation.kernel import Node, Violation
-from simulation.network import SimulatedStore
-from simulation.oracle import Intent, Oracle, State, StateKey, masked
 
 from s3blockfs import errors, gc, header, history
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.fold import fold
 from s3blockfs.housekeeping import clean_up
+from simulation.clients import MOST_PAGES, first_page
+from simulation.kernel import Node, Violation
+from simulation.network import SimulatedStore
+from simulation.oracle import Intent, Oracle, State, StateKey, masked
 
 
 class Operators:

@@ -9,12 +9,12 @@ from random import Random
 
 from engine import Process, build_journal
 from greenlet import GreenletExit
-from simulation.kernel import Node, Violation
-from simulation.oracle import Intent, Oracle, masked
 
 from s3blockfs import errors, header
 from s3blockfs.catalog import Catalog
 from s3blockfs.database import Database
+from simulation.kernel import Node, Violation
+from simulation.oracle import Intent, Oracle, masked
 
 #: What an application gets and goes on from. Anything else is a fault of the engine.
 TOLD = (errors.S3BlockFSError, OSError)
@@ -146,9 +146,7 @@ class Client:
                 self.kernel.sleep(self.rng.uniform(0, 1))
         return False
 
-    def _one(
-        self, database: Database, base: bytes, before: tuple[bytes, bytes], journal: bool, bump: bool
-    ) -> bytes:
+    def _one(self, database: Database, base: bytes, before: tuple[bytes, bytes], journal: bool, bump: bool) -> bytes:
         rng, process = self.rng, self.process
         process.images = base
         if journal:

@@ -13,10 +13,10 @@ from random import Random
 from typing import Any, Protocol
 
 from memorystore import MemoryStore
-from simulation.kernel import Kernel, Node
 
 from s3blockfs import errors
 from s3blockfs.objectstore import Listed, StoredObject
+from simulation.kernel import Kernel, Node
 
 #: What may happen to a request on its way; see `Network._attempt`.
 FAULTS = ("slow", "lost", "reply-lost", "late", "twice", "retried", "refused", "torn", "kill", "stop")
@@ -52,7 +52,7 @@ class SimulatedStore(MemoryStore):
         found = self._objects.get(key)
         return None if found is None else found.body
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return sorted(self._objects)
 
     def put(self, key: str, body: bytes, **options: Any) -> str:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from greenlet import GreenletExit
-from simulation.kernel import Kernel, Node, Task, Violation
-from simulation.network import SimulatedStore
 
 from s3blockfs import errors, header
 from s3blockfs.cache import BlockCache
@@ -24,6 +22,8 @@ from s3blockfs.format import head as codec
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import rev_of
 from s3blockfs.snapshot import Snapshot, Source, Version
+from simulation.kernel import Kernel, Node, Task, Violation
+from simulation.network import SimulatedStore
 
 #: As long as the longest lease here, and some more.
 LEASED_S = 15.0
@@ -163,7 +163,7 @@ class Oracle:
         same = before is not None and (before.id, before.commit, before.deleted) == (head.id, head.commit, head.deleted)
         if same:
             known = self.states.get((prefix, head.id, head.commit))
-            if known is not None and known.content != self.read(prefix, head, new):
+            if known is not None and not head.deleted and known.content != self.read(prefix, head, new):
                 raise Violation(f"I4: {prefix}: commit {head.seq} has other bytes after a swap that was no commit")
         elif head.deleted:
             self._buried(prefix, head)
@@ -194,7 +194,8 @@ class Oracle:
             raise Violation(f"I3: {prefix}: nobody asked for commit {head.seq}, by {head.writer}")
         last = self.states.get(history[-1]) if history and history[-1] else None
         if last is not None and header.is_database(content) and header.is_database(last.content):
-            if header.counter(content) != (header.counter(last.content) + 1) & 0xFFFFFFFF:
+            expected = (header.counter(last.content) + 1) & 0xFFFFFFFF
+            if header.counter(content) != expected:
                 raise Violation(f"{prefix}: commit {head.seq}: SQLite would not notice it (change counter)")
         self.commits += 1
         if intent is not None and not intent.leased:
@@ -245,7 +246,7 @@ class Oracle:
         """Keys of everything that a head and its roots refer to, the roots included."""
         pinned = {snapshot.archive for snapshot in head.snapshots}
         needed = self._refers(prefix, head) | pinned
-        for key in self._store.keys():
+        for key in self._store.names():
             rev = rev_of(prefix, key)
             if "/archive/" in key and rev is not None and (key in pinned or head.floor < rev < head.rev):
                 body = self._store.raw(key)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
-
-from simulation.actors import Foreign, Operators
-from simulation.clients import TOLD, Client
-from simulation.kernel import Kernel, Node, SimulatedRuntime, Violation, install
-from simulation.network import FAULTS, Network, SimulatedStore
-from simulation.oracle import Intent, Oracle
 
 from s3blockfs import blockmap, commit, errors, fold, housekeeping, uploads
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.format import data, extents
+from simulation.actors import Foreign, Operators
+from simulation.clients import TOLD, Client
+from simulation.kernel import Kernel, Node, SimulatedRuntime, Violation, install
+from simulation.network import FAULTS, Network, SimulatedStore
+from simulation.oracle import Intent, Oracle
 
 JOBS = ("fold", "collect", "clean_up", "delete", "rename", "copy", "restore", "keep", "past")
 ACTORS = ("client-a", "client-b", "client-c", "reader-a", "reader-b", *JOBS, "foreign")
@@ -229,7 +229,13 @@ class World:
                 return
             except (errors.DatabaseGone, errors.DatabaseNotFound):
                 client.close()
-            except (errors.Busy, errors.OutcomeUnknown, errors.StoreUnavailable, errors.DamagedObject, errors.TooOld) as error:
+            except (
+                errors.Busy,
+                errors.OutcomeUnknown,
+                errors.StoreUnavailable,
+                errors.DamagedObject,
+                errors.TooOld,
+            ) as error:
                 reason = error
                 if client.database.is_gone:  # its past is collected
                     client.close()
@@ -249,10 +255,8 @@ class World:
         client.close()
 
     def _bear_missing(self, job: Callable[[], None]) -> None:
-        try:
+        with suppress(errors.DatabaseNotFound, errors.TooOld):
             job()
-        except (errors.DatabaseNotFound, errors.TooOld):
-            pass
 
     def _do(self, name: str, act: Callable[[], None], node: Node | None = None) -> None:
         done: list[bool] = []
