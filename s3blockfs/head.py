@@ -87,10 +87,6 @@ class HeadFile:
         newest = self._seen(before, held if found is None else self._version(found))
         return known if newest.etag == known.etag else newest
 
-    def create(self, base: Version | None, make: Callable[[Head | None], Head]) -> Version:
-        """Write a first head over a tombstone (`base`, which `make` gets) or nothing. Raises DatabaseExists."""
-        return self.swap(base, make)
-
     def swap(
         self,
         base: Version | None,
@@ -104,9 +100,9 @@ class HeadFile:
 
         `make` gets the head that is being replaced and returns the new one (`rev` and `nonce` are set here) or raises;
         it is called again when another swap came first. Only heads with the database id of `base` are replaced (else
-        DatabaseGone), by a `commit` only those with its commit too (else CommitLost); a tombstone only if `base` is one
-        (else DatabaseGone). A head that refers to something the new one does not is archived first; with `archives` any
-        is. Raises Unsettled, and what a PUT raises (not applied)."""
+        DatabaseGone), by a `commit` only those with its commit too (else CommitLost). With a tombstone or None as
+        `base` only such are replaced (else DatabaseExists). A head that refers to something the new one does not is
+        archived first; with `archives` any is. Raises Unsettled, and what a PUT raises (not applied)."""
         deadline = self._runtime.monotonic() + (deadline_s or self._config.transaction_deadline_s)
         pause = BACKOFF_FIRST_S
         doubt: Doubt | None = None
@@ -209,8 +205,9 @@ class HeadFile:
 
     def _commit_at(self, mine: Head, newest: Head) -> bytes | None:
         """The id of the commit with the seq of `mine`, from `newest`, then the archives since. None when a successor
-        took over before there was one: it archived the last head, and its own commits have the numbers of its past."""
-        seq, ended = mine.seq, False
+        took over before there was one: it archived the last head, which is kept above the floor; below that an archive
+        may be one of those before, written late. Raises TooOld when the record is gone for good."""
+        seq, last = mine.seq, -1
         archived = (
             codec.decode(self._store.get(entry.key, site="settle").body, f"{self._store.name}/{entry.key}")
             for entry in self._store.list(f"{self.prefix}/archive/", site="settle")
@@ -218,7 +215,7 @@ class HeadFile:
         )
         for known in chain([newest], archived):
             if known.id != mine.id or known.seq < seq:
-                ended |= known.id == mine.id
+                last = known.rev if known.id == mine.id else last
                 continue
             if known.seq == seq:
                 return known.commit
@@ -229,9 +226,9 @@ class HeadFile:
                     ids.update((record.seq, record.id) for record in index.commits)
             if seq in ids:
                 return ids[seq]
-        if ended and newest.id != mine.id:
+        if newest.id != mine.id and (now := self.stored()) is not None and last >= now.head.floor:
             return None
-        raise errors.DamagedObject(f"{self._name}: no record of commit {seq}")
+        raise errors.TooOld(f"{self._name}: no record of commit {seq} is kept")
 
     def _put(self, replaced: Version | None, head: Head) -> Version:
         before, condition, body = self.latest, None if replaced is None else replaced.etag, codec.encode(head)

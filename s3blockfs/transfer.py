@@ -93,9 +93,7 @@ def put_state(
             tail=Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches))),
         )
 
-    if base is None or base.head.deleted:
-        return heads.create(base, make)
-    return heads.swap(base, make, archives=True)
+    return heads.swap(base, make, archives=old is not None and not old.deleted)
 
 
 def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_commit: bool = False) -> Version:
