@@ -33,9 +33,9 @@ GARBAGE = [
     ((("bulk",), ("delete", "create"), ("collect",)), 1, 6_440),
     ((("bulk",), ("fold",), ("restore",), ("collect",)), 0, 24_382),
     ((("commit", "bulk"), ("fold",), ("collect",)), 1, 71_092),
-    pytest.param((("bulk",), ("fold",), ("collect",), ("collect",)), 0, 0, marks=long),
-    pytest.param((("commit", "bulk"), ("fold",), ("collect", "collect")), 1, 0, marks=long),
-    pytest.param((("commit",), ("fold",), ("delete", "create"), ("collect",)), 0, 0, marks=long),
+    pytest.param((("bulk",), ("fold",), ("collect",), ("collect",)), 0, 603_047, marks=long),
+    pytest.param((("commit", "bulk"), ("fold",), ("collect", "collect")), 1, 496_957, marks=long),
+    pytest.param((("commit",), ("fold",), ("delete", "create"), ("collect",)), 0, 125_956, marks=long),
 ]
 
 TWO_WRITERS: Programs = (("commit",), ("commit",))
