@@ -12,7 +12,7 @@ its own commits, all of them and no others, whatever was folded (I3, I4); rev co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Each of these can be left out.
 RULES = frozenset({
@@ -30,6 +30,8 @@ RULES = frozenset({
     "the floor is raised by a swap",
     "nobody but a collector deletes uploads",
     "names are never used again",
+    "named snapshots are roots",
+    "a snapshot is named above the floor",
     "deletion leaves a tombstone",
 })  # fmt: skip
 
@@ -60,10 +62,14 @@ class Head(NamedTuple):
     past: frozenset[str] = frozenset()
     """The commits that it has to show; for the properties only."""
     nonce: str = ""
+    snapshots: frozenset[Any] = frozenset()
+    """The archives that have names."""
 
     def __str__(self) -> str:
         refs = " ".join(sorted(map(str, self.refs)))
-        return f"[rev {self.rev} floor {self.floor} {'tombstone' if self.deleted else self.database}: {refs or '-'}]"
+        named = f" snapshots {_names(self.snapshots)}" if self.snapshots else ""
+        what = "tombstone" if self.deleted else self.database
+        return f"[rev {self.rev} floor {self.floor} {what}: {refs or '-'}{named}]"
 
 
 class Put(NamedTuple):
@@ -140,11 +146,11 @@ class Garbage:
         read = actor._replace(base=head, current=head, phase="make")
         if kind == "restore":
             for archive in sorted(state.archives, key=lambda archive: archive.rev):
-                if head is not None and head.floor < archive.rev < head.rev:
+                if head is not None and (head.floor < archive.rev < head.rev or archive in head.snapshots):
                     yield f"reads {head} and {archive}", _with(state, read._replace(source=archive))
         else:
             uploads = kind in ("commit", "cut", "bulk") or (kind == "fold" and head is not None and _shows(head.refs))
-            phase = "list" if kind == "collect" else "upload" if uploads else "make"
+            phase = {"collect": "list", "name": "keep"}.get(kind, "upload" if uploads else "make")
             yield f"reads {head}", _with(state, read._replace(phase=phase))
 
     def _upload(self, state: State, actor: Actor) -> Steps:
@@ -163,13 +169,21 @@ class Garbage:
         else:
             yield f"makes {upload}", _with(state, actor._replace(upload=upload, phase="make"))
 
+    def _keep(self, state: State, actor: Actor) -> Steps:
+        """history.keep: an archive of its own."""
+        assert actor.base is not None
+        kept = actor.base._replace(nonce=f"{actor.name} kept")
+        after = state._replace(archives=state.archives | {kept})
+        yield f"archives rev {kept.rev}", _with(after, actor._replace(source=kept, phase="make"))
+
     def _make(self, state: State, actor: Actor) -> Steps:
         """`swap` asks for the new head, and archives the one that it replaces if that loses a reference."""
         if actor.current is not None and (refusal := self._refusal(actor, actor.current)):
             yield f"{refusal}, so gives up", _next(self._cleans(state, actor), actor)
             return
         for head in self._heads(actor):
-            drops = actor.current is not None and not actor.current.refs <= head.refs
+            old = actor.current
+            drops = old is not None and not (old.refs <= head.refs and old.snapshots <= head.snapshots)
             archives = drops and self._has("a head is archived before its references are dropped")
             yield f"makes {head}", _with(state, actor._replace(head=head, phase="archive" if archives else "put"))
 
@@ -228,9 +242,14 @@ class Garbage:
         """Reads the roots (one that is gone meanwhile is none any more); what is unreachable and old enough is dead."""
         base = actor.base
         assert base is not None
-        roots = [r for r in actor.roots & state.archives if base.floor < r.rev < base.rev]
+        roots = {r for r in actor.roots & state.archives if base.floor < r.rev < base.rev}
         if not self._has("archives above the floor are roots"):
-            roots = []
+            roots = set()
+        if self._has("named snapshots are roots"):
+            roots |= base.snapshots
+        if not roots <= state.archives:
+            yield "misses an archive that has a name, and gives up", _next(state, actor)
+            return
         needed = base.refs.union(*(root.refs for root in roots))
         above = base.rev if not self._has("only what is not above the floor is deleted") else base.floor
         dead = frozenset(e for e in actor.listed if e.rev <= above and e not in needed and e not in roots)
@@ -263,7 +282,11 @@ class Garbage:
             return "its upload may be garbage" if self._has(f"{whose} uploads are above the floor") else ""
         if kind == "fold" and not _log(base.refs) <= replaced.refs:
             return "others folded" if self._has("a fold finds the segments that it read") else ""
-        if kind == "restore" and actor.source is not None and actor.source.rev <= replaced.floor:
+        source = actor.source
+        if kind == "name" and source is not None and source.rev <= replaced.floor:
+            return "took too long" if self._has("a snapshot is named above the floor") else ""
+        named = [snapshot.rev for snapshot in replaced.snapshots]
+        if kind == "restore" and source is not None and source.rev <= replaced.floor and source.rev not in named:
             return "took too long" if self._has("what is restored is above the floor") else ""
         return ""
 
@@ -289,9 +312,14 @@ class Garbage:
             refs, past = actor.source.refs, actor.source.past
             yield new._replace(database=me, commit=me, seq=old.seq + 1, refs=refs, past=past)
         elif kind == "delete":
-            yield new._replace(deleted=True, refs=frozenset(), past=frozenset(), floor=old.rev)
+            none = frozenset[Any]()
+            yield new._replace(deleted=True, refs=none, past=none, snapshots=none, floor=old.rev)
         elif kind == "create":
             yield new._replace(database=me, commit=me, seq=old.seq + 1, deleted=False)
+        elif kind == "name":
+            yield new._replace(snapshots=old.snapshots | {actor.source})
+        elif kind == "forget":
+            yield new._replace(snapshots=frozenset())
         elif kind == "collect" and actor.source is not None:
             yield new._replace(floor=max(old.floor, actor.source.floor))
 
@@ -335,8 +363,10 @@ class Garbage:
             return state._replace(
                 wrong=f"the head needs {_names(head.refs - state.objects)}, which is missing (I2, I5)"
             )
+        if not head.snapshots <= state.archives:
+            return state._replace(wrong="an archive that has a name is missing (I5)")
         for root in state.archives:
-            if head.floor < root.rev and not root.refs <= state.objects:
+            if (head.floor < root.rev or root in head.snapshots) and not root.refs <= state.objects:
                 return state._replace(wrong=f"root {root.rev} needs {_names(root.refs - state.objects)} (I5)")
         for rev, refs in state.shown:
             if not refs <= state.objects:
