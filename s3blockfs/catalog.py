@@ -291,7 +291,7 @@ class Catalog(Names):
             return head if replaced is None else replace(head, floor=replaced.floor, counter=replaced.counter)
 
         try:
-            created = heads.create(tombstone, make)
+            created = heads.swap(tombstone, make)
             if created.head.deleted:  # the answer was lost, and somebody was quick
                 raise DatabaseNotFound(f"{heads.prefix}: was deleted right after its creation")
             return created

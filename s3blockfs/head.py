@@ -43,10 +43,6 @@ class Unsettled(errors.OutcomeUnknown):
         self.doubt = doubt
 
 
-class Forgotten(Unsettled):
-    """Nor will it ever be known: others went on, and what would tell is older than the retention."""
-
-
 class HeadFile:
     """The head of the database under `prefix`."""
 
@@ -82,10 +78,6 @@ class HeadFile:
         newest = self._seen(before, held if found is None else self._version(found))
         return known if newest.etag == known.etag else newest
 
-    def create(self, base: Version | None, make: Callable[[Head | None], Head]) -> Version:
-        """Write a first head over a tombstone (`base`, which `make` gets) or nothing. Raises DatabaseExists."""
-        return self.swap(base, make)
-
     def swap(
         self,
         base: Version | None,
@@ -99,9 +91,9 @@ class HeadFile:
 
         `make` gets the head that is being replaced and returns the new one (`rev` and `nonce` are set here) or raises;
         it is called again when another swap came first. Only heads with the database id of `base` are replaced (else
-        DatabaseGone), by a `commit` only those with its commit too (else CommitLost); a tombstone only if `base` is one
-        (else DatabaseGone). A head that refers to something the new one does not is archived first; with `archives` any
-        is. Raises Unsettled, and what a PUT raises (not applied)."""
+        DatabaseGone), by a `commit` only those with its commit too (else CommitLost). With a tombstone or None as
+        `base` only such are replaced (else DatabaseExists). A head that refers to something the new one does not is
+        archived first; with `archives` any is. Raises Unsettled, and what a PUT raises (not applied)."""
         deadline = self._runtime.monotonic() + (deadline_s or self._config.transaction_deadline_s)
         pause = BACKOFF_FIRST_S
         doubt: Doubt | None = None
@@ -193,30 +185,32 @@ class HeadFile:
         base, mine = doubt.base, doubt.head
         try:
             if base is None or base.head.id != mine.id:  # a creation, a copy: id after id, and none comes back
-                return seen.id == mine.id or (seen.id != (base and base.head.id) and self._was_there(doubt, seen))
+                return seen.id == mine.id or (seen.id != (base and base.head.id) and self._was_there(mine))
             if seen.nonce == mine.nonce or mine.commit == base.head.commit or seen.seq < mine.seq:
                 return seen.nonce == mine.nonce  # only a commit can be told from later heads, and only from later ones
-            return self._commit_at(doubt, seen) == mine.commit
-        except Unsettled:
-            raise
+            return self._commit_at(mine, seen) == mine.commit
         except S3BlockFSError as error:  # also damage: it must not be taken for an answer
             raise Unsettled(self._name, doubt) from error
 
-    def _was_there(self, doubt: Doubt, newest: Head) -> bool:
-        """Whether a database with the new id was there before `newest`: who takes over archives the last head of it."""
-        mine, there = doubt.head, {known.rev: known.id for known in self._archived(doubt.head.rev)}
-        if newest.floor >= mine.rev and mine.rev not in there and mine.id not in there.values():
-            raise Forgotten(self._name, doubt)
-        return mine.id in there.values()
+    def _was_there(self, mine: Head) -> bool:
+        """Whether the new id of `mine` was once that of the database: who takes over archives the last head with it.
+        Raises TooOld when that cannot be told any more."""
+        there = {known.rev: known.id for known in self._archived(mine.rev)}
+        if mine.id in there.values():
+            return True
+        now = self.stored()  # only now: archives above this floor have been there all the time
+        if mine.rev not in there and (now is None or now.head.floor >= mine.rev):
+            raise errors.TooOld(f"{self._name}: no archive of rev {mine.rev} is kept")
+        return False
 
-    def _commit_at(self, doubt: Doubt, newest: Head) -> bytes | None:
-        """The id of the commit with the seq of the one in doubt, from `newest`, then the archives since. None when a
-        successor took over before there was one: its own commits have the numbers of the past that it archived."""
-        mine, ended = doubt.head, False
-        seq = mine.seq
+    def _commit_at(self, mine: Head, newest: Head) -> bytes | None:
+        """The id of the commit with the seq of `mine`, from `newest`, then the archives since. None when a successor
+        took over before there was one: it archived the last head, which is kept above the floor; below that an archive
+        may be one of those before, written late. Raises TooOld when the record is gone for good."""
+        seq, last = mine.seq, -1
         for known in chain([newest], self._archived(mine.rev - 1)):
             if known.id != mine.id or known.seq < seq:
-                ended |= known.id == mine.id
+                last = known.rev if known.id == mine.id else last
                 continue
             if known.seq == seq:
                 return known.commit
@@ -227,11 +221,9 @@ class HeadFile:
                     ids.update((record.seq, record.id) for record in index.commits)
             if seq in ids:
                 return ids[seq]
-        if ended and newest.id != mine.id:
+        if newest.id != mine.id and (now := self.stored()) is not None and last >= now.head.floor:
             return None
-        if newest.floor >= mine.rev - 1:
-            raise Forgotten(self._name, doubt)
-        raise errors.DamagedObject(f"{self._name}: no record of commit {seq}")
+        raise errors.TooOld(f"{self._name}: no record of commit {seq} is kept")
 
     def _archived(self, rev: int) -> Iterator[Head]:
         """The archived heads from this rev on."""

@@ -264,7 +264,7 @@ class AnyHead(HeadFile):
             if self.read_if_changed(version) is not version:
                 raise errors.DatabaseGone(f"{name}: written by sqlite-s3vfs")
             made = replace(head, extents=encoded.extents, leaves=encoded.leaves)
-            converted = self.create(None, lambda _: made)
+            converted = self.swap(None, lambda _: made)
             if converted.head.deleted or converted.head.commit != head.commit:  # the id is the same for everybody
                 raise errors.DatabaseGone(f"{name}: converted by somebody else, who went on")
         except (errors.DatabaseExists, errors.DatabaseGone) as error:

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 from s3blockfs.config import Config
-from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError
-from s3blockfs.head import Doubt, Forgotten, HeadFile, Unsettled
+from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError, TooOld
+from s3blockfs.head import Doubt, HeadFile, Unsettled
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.view import View
 
@@ -137,24 +137,26 @@ class State:
         try:
             if doubt is None:
                 return
-            version, outcome = None, "cannot be told any more; the database is shown as it is"
-            with contextlib.suppress(Forgotten):
-                version = self._heads.settle(doubt)
-                outcome = "applied" if version else "did not apply"
-            with self._gate, self._changing():
-                if version is not None:
-                    self._adopt(version, None)
-                self._doubt = None
-                self._fail(remove_journal=True)
-            log.warning("%s: settled: the commit %s", self._label, outcome)
+            version = self._heads.settle(doubt)
+            self._go_on(version)
+            log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
         except DatabaseGone as error:
-            with self._gate, self._changing():
-                self._gone, self._doubt = str(error), None
-                self._fail(remove_journal=True)
+            self._gone = str(error)
+            self._go_on(None)
         except S3BlockFSError as error:
             log.warning("%s", error)
+            if isinstance(error.__cause__, TooOld):  # nobody can ever tell; it can apply no more, or is applied
+                self._go_on(None)
         finally:
             self._settling = False
+
+    def _go_on(self, version: Version | None) -> None:
+        """The commit in doubt is in the past of `version`, or its base is replaced."""
+        with self._gate, self._changing():
+            if version is not None:
+                self._adopt(version, None)
+            self._doubt = None
+            self._fail(remove_journal=True)
 
     def _fail(self, remove_journal: bool) -> None:
         """The uncommitted bytes count no more."""

@@ -94,9 +94,7 @@ def put_state(state: Snapshot, origin: Source, place: Place, writer: str, commit
             tail=Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches))),
         )
 
-    if base is None or base.head.deleted:
-        return place.heads.create(base, make)
-    return place.heads.swap(base, make, archives=True)
+    return place.heads.swap(base, make, archives=old is not None and not old.deleted)
 
 
 def bury(target: Source, heads: HeadFile, version: Version, writer: str, same_commit: bool = False) -> Version:

@@ -275,7 +275,7 @@ def create_mine(world: World, base: Version | None) -> Version:
         seq = 1 if replaced is None else replaced.seq + 1
         return Head(b"m" * 16, 0, seq, MINE, 0, 4096, bytes(8))
 
-    return world.heads().create(base, make)
+    return world.heads().swap(base, make)
 
 
 def test_every_way_to_create(world: World, place: Version | None) -> None:

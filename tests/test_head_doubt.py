@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
-from engine import CONFIG, Call, World, shrink_limits, small_leaves, sqlite_page
+from engine import CONFIG, Call, Delayed, World, shrink_limits, small_leaves, sqlite_page
 from swaps import (
     KEY,
     MINE,
@@ -35,9 +35,10 @@ from swaps import (
     vanish,
 )
 
-from s3blockfs.errors import CommitLost, DatabaseGone, PreconditionFailed, RequestInDoubt
+from s3blockfs.errors import CommitLost, DatabaseGone, PreconditionFailed, RequestInDoubt, TooOld
 from s3blockfs.format import head as codec
 from s3blockfs.format.head import Head
+from s3blockfs.gc import collect
 from s3blockfs.head import Unsettled
 from s3blockfs.snapshot import Version
 
@@ -98,6 +99,39 @@ def test_settled_after_others_went_on(world: World, fate: Fate, others: Callable
     assert (heads.settle(error.doubt) is not None) == (fate is applied_in_doubt)
     assert len(world.store.swaps) == sent
     assert world.store.deliver() in ([], [False])
+
+
+def recreate_by_rename(world: World) -> None:
+    machine = world.machine(faulty=False)
+    machine.create("b.db", exclusive=True)
+    machine.rename("b.db", PREFIX)
+
+
+@pytest.mark.parametrize("others", [delete_and_recreate, recreate_by_rename])
+def test_an_archive_below_the_floor_does_not_tell_who_came_last(world: World, others: Callable[[World], None]) -> None:
+    """(d) Found by the small model: my commit applied, the database was replaced, its archives were collected; then an
+    archive of the head before my commit, sent by a swap that came to nothing, arrived. It proves no loss."""
+    base = create(world)
+
+    def late_archive(call: Call, when: str) -> None:
+        if call.site == "archive":
+            raise Delayed
+
+    world.store.rule = late_archive
+    with pytest.raises(RequestInDoubt):
+        world.heads().swap(base, lease, archives=True)
+    heads = world.heads()
+    error = doubt_of(world, lambda: commit_mine(heads, base), applied_in_doubt)
+    others(world)
+    world.runtime.sleep(10)
+    take_lease(world)
+    world.runtime.sleep(10)
+    collect(*world.machine(faulty=False).at(PREFIX), retain_s=5)
+    world.store.rule = None
+    assert world.store.deliver() == [True]
+    with pytest.raises(Unsettled) as caught:
+        heads.settle(error.doubt)
+    assert isinstance(caught.value.__cause__, TooOld)
 
 
 def test_the_delayed_request_arrives_before_it_is_settled(world: World) -> None:

@@ -126,7 +126,7 @@ def test_a_swap_of_a_tombstone_requires_a_tombstone(world: World) -> None:
     with pytest.raises(DatabaseGone):
         world.heads().swap(base, lambda replaced: replace(replaced, floor=replaced.rev))
     with pytest.raises(DatabaseExists):
-        world.heads().create(base, lambda replaced: Head(b"m" * 16, 0, 9, MINE, 0, 4096, bytes(8)))
+        world.heads().swap(base, lambda replaced: Head(b"m" * 16, 0, 9, MINE, 0, 4096, bytes(8)))
     assert read(world).head.floor == base.head.floor and read(world).head.commit != MINE
 
 
