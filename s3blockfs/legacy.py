@@ -124,7 +124,7 @@ class LegacySnapshot(Snapshot):
         if max(size, claimed) > blocks.solid:
             size = claimed
         if size > blocks.solid:
-            hole = source.name_of(f"{blocks.name}/{blocks.solid // blocks.block_size:010d}")
+            hole = source.name_of(f"{blocks.name}/{blocks.solid // (blocks.block_size or 1):010d}")
             raise errors.DamagedObject(f"{hole}: missing, or shorter than others")
         self._end = size
         first = self.read(0, header.HEADER_BYTES)
