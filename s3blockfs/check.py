@@ -5,12 +5,12 @@ from functools import partial
 from itertools import chain
 
 from s3blockfs import header
-from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, S3BlockFSError
 from s3blockfs.format.data import OBJECT_BYTES, decode_object
 from s3blockfs.format.extents import LeafRef
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.head import HeadFile
-from s3blockfs.history import dated, find_roots, require_newest
+from s3blockfs.history import dated, require_newest, roots
 from s3blockfs.runtime import in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 
@@ -40,13 +40,12 @@ def _of_objects(source: Source, version: Version, report: Progress) -> Iterator[
     """Every data object that the head or one of its roots refers to is fetched whole, every leaf and archive, too."""
     refs: dict[ObjectRef, None] = {}
     leaves: dict[LeafRef, None] = {}
-    for root in chain(find_roots(source, version.head), [version]):
-        if isinstance(root, Version):
-            leaves |= dict.fromkeys(root.head.leaves)
-            refs |= dict.fromkeys(extent.ref for extent in root.head.extents)
-            refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
-        else:
-            yield str(root)
+    wrong: list[S3BlockFSError] = []
+    for root in chain(roots(source, version.head, wrong.append), [version]):
+        leaves |= dict.fromkeys(root.head.leaves)
+        refs |= dict.fromkeys(extent.ref for extent in root.head.extents)
+        refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
+    yield from dict.fromkeys(map(str, wrong))
     for leaf in leaves:
         try:
             refs |= dict.fromkeys(extent.ref for extent in source.load_leaf(leaf))

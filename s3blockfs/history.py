@@ -22,7 +22,7 @@ from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.config import duration_s
 from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import LABEL, Head, NamedSnapshot
+from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot
 from s3blockfs.format.keys import archive_key, head_key, rev_of
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import Listed
@@ -31,49 +31,42 @@ from s3blockfs.snapshot import Snapshot, Source, Version, read_log
 T = TypeVar("T")
 
 
-def roots(source: Source, head: Head) -> Iterator[Version]:
-    """The archived heads that `head` keeps, oldest first, one at a time. Raises DamagedObject, NewerFormat, StoreError;
-    also when one above the floor is missing, as that looks when it was collected since `head` was read."""
-    for root in find_roots(source, head):
-        if not isinstance(root, Version):
-            raise root
-        yield root
+def _refuse(error: errors.S3BlockFSError) -> None:
+    raise error
 
 
-def find_roots(source: Source, head: Head) -> Iterator[Version | errors.DamagedObject | errors.NewerFormat]:
-    """The same, with what is wrong where there should be one."""
+def roots(source: Source, head: Head, wrong: Callable[[errors.S3BlockFSError], object] = _refuse) -> Iterator[Version]:
+    """The archived heads that `head` keeps, oldest first, one at a time. `wrong` gets a DamagedObject or NewerFormat
+    for each that cannot be had, also when it was collected since `head` was read. Raises StoreError."""
     pinned = {snapshot.archive for snapshot in head.snapshots}
     listed = {entry.key for entry in source.store.list(f"{source.prefix}/archive/", site="roots")}
-    dated = [(rev_of(source.prefix, key), key) for key in listed | pinned]
+    found = [(rev_of(source.prefix, key), key) for key in listed | pinned]
 
-    def lost(root: Head) -> list[errors.DamagedObject]:
-        last = root.archived
-        if last is None or last.rev <= head.floor or (key := archive_key(source.prefix, *last)) in listed:
-            return []
-        return [errors.DamagedObject(f"{source.name_of(key)}: missing")]
+    def require(last: Archived | None) -> None:
+        if last is not None and last.rev > head.floor and (key := archive_key(source.prefix, *last)) not in listed:
+            wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
 
-    for rev, key in sorted((rev, key) for rev, key in dated if rev is not None):
+    for rev, key in sorted((rev, key) for rev, key in found if rev is not None):
         if key in pinned or head.floor < rev < head.rev:
             try:
                 root = archived(source, key)
             except errors.ObjectNotFound:
                 if key in pinned:
-                    yield errors.DamagedObject(f"{source.name_of(key)}: missing")
+                    wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
                 continue  # a collector with a higher floor was here: it is no root any more
             except (errors.DamagedObject, errors.NewerFormat) as error:
-                yield error
+                wrong(error)
                 continue
-            yield from lost(root.head)
+            require(root.head.archived)
             yield root
-    yield from lost(head)
+    require(head.archived)
 
 
 def dated(source: Source, site: str) -> list[tuple[int, Listed]]:
     """Every object of ours with the rev in its name; what is not ours is left out."""
     folders = (source.store.list(f"{source.prefix}/{folder}/", site=site) for folder in ("data", "map", "archive"))
-    return [
-        (rev, entry) for entry in chain.from_iterable(folders) if (rev := rev_of(source.prefix, entry.key)) is not None
-    ]
+    found = ((rev_of(source.prefix, entry.key), entry) for entry in chain.from_iterable(folders))
+    return [(rev, entry) for rev, entry in found if rev is not None]
 
 
 def require_newest(source: Source, head: Head, listed: Iterable[tuple[int, Listed]]) -> None:
