@@ -118,7 +118,7 @@ class Scene:
     def __init__(self, world: World) -> None:
         self.world = world
         self.story, self.generations = stock(world, "ours")
-        self.foreign = stock(world, "theirs", OTHER)[1][-1]
+        self.foreign = stock(world, "theirs", OTHER)[1]
         self.whole = bodies(world, PREFIX)
         self.kept = [commit.seq for commit in commits(self.story.new_source(), self.story.heads())]
         self.expected: dict[int | str, bytes] = {seq: self.story.states[seq] for seq in self.kept}
@@ -129,7 +129,7 @@ class Scene:
     def others(self, kind: str) -> set[bytes]:
         """All objects of a kind that there ever were."""
         return {
-            body for found in (*self.generations, self.foreign) for key, body in found.items() if kind_of(key) == kind
+            body for found in (*self.generations, self.foreign[-1]) for key, body in found.items() if kind_of(key) == kind
         }
 
     def put(self, changes: dict[str, bytes | None]) -> None:

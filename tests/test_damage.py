@@ -166,9 +166,10 @@ def test_check_names_bytes(scene: Scene) -> None:
 def test_a_head_put_in_place_of_the_newest(scene: Scene, which: str) -> None:
     """It cannot be told from what an operator does on purpose, so it is read; but nothing is deleted by it, and check
     says what was made by later heads, or is missing."""
-    body = scene.generations[-9][HEAD] if which == "an older one" else scene.foreign[head_key(OTHER)]
+    body = scene.generations[-9][HEAD] if which == "an older one" else scene.foreign[-1][head_key(OTHER)]
     if which.endswith("rev"):
-        head = head_codec.decode(body, "it")
+        head = head_codec.decode(scene.foreign[0][head_key(OTHER)], "it")
+        assert head.extents
         body = head_codec.encode(replace(head, rev=1 << 40, floor=(1 << 40) - 1))
     scene.put({HEAD: body})
     assert any("older" in line or "missing" in line for line in scene.found())
