@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from engine import World
 from story import PREFIX, Story
@@ -128,9 +129,8 @@ class Scene:
 
     def others(self, kind: str) -> set[bytes]:
         """All objects of a kind that there ever were."""
-        return {
-            body for found in (*self.generations, self.foreign[-1]) for key, body in found.items() if kind_of(key) == kind
-        }
+        found = chain.from_iterable(objects.items() for objects in (*self.generations, self.foreign[-1]))
+        return {body for key, body in found if kind_of(key) == kind}
 
     def put(self, changes: dict[str, bytes | None]) -> None:
         store = self.world.store.inner
