@@ -16,7 +16,7 @@ from functools import partial
 from cachetools import LRUCache
 
 from s3blockfs import metrics
-from s3blockfs.errors import DamagedObject, ObjectNotFound, S3BlockFSError, StoreUnavailable
+from s3blockfs.errors import ObjectNotFound, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import ObjectStore
@@ -105,15 +105,19 @@ class BlockCache:
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""
         start, key = run[0].pos, run[0].ref.key(prefix)
-        name, body = f"{self._store.name}/{key}", memoryview(b"")
+        name = f"{self._store.name}/{key}"
+        body: memoryview | None = None
         failure: BaseException | None = None
         try:
             body = memoryview(self._store.get(key, site="block", start=start, length=run[-1].end - start).body)
+        except ObjectNotFound:
+            body = None  # damage, with the bytes that it costs
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
-            failure = DamagedObject(f"{name}: missing") if isinstance(error, ObjectNotFound) else error
+            failure = error
         for address in run:
             try:
-                result = failure or decode_frame(body[address.pos - start : address.end - start], address, name)
+                frame = body and body[address.pos - start : address.end - start]
+                result = failure or decode_frame(frame, address, name)
             except S3BlockFSError as error:  # damaged, or of a newer format
                 result = error
             if isinstance(result, bytes):

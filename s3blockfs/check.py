@@ -5,11 +5,12 @@ from functools import partial
 from itertools import chain
 
 from s3blockfs import header
-from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, S3BlockFSError
 from s3blockfs.format.data import OBJECT_BYTES, decode_object
+from s3blockfs.format.extents import LeafRef
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.head import HeadFile
-from s3blockfs.history import roots
+from s3blockfs.history import dated, require_newest, roots
 from s3blockfs.runtime import Progress, in_flight
 from s3blockfs.snapshot import Snapshot, Source, Version
 
@@ -20,7 +21,12 @@ def findings(source: Source, heads: HeadFile, version: Version, report: Progress
     """What is wrong, one line each. Raises TooOld (it was replaced, and collected meanwhile), StoreError."""
     while True:
         found = [*_of_objects(source, version, report), *_of_pages(source, version, report)]
+        listed = dated(source, "check")
         now = heads.read()
+        try:
+            require_newest(source, version.head if now is None else now.head, listed)
+        except DamagedObject as error:
+            found.append(str(error))
         if not found or now is None or now.head.floor == version.head.floor or now.head.deleted:
             return found
         version = now  # a collector was at work: look again
@@ -29,13 +35,18 @@ def findings(source: Source, heads: HeadFile, version: Version, report: Progress
 def _of_objects(source: Source, version: Version, report: Progress) -> Iterator[str]:
     """Every data object that the head or one of its roots refers to is fetched whole, every leaf and archive, too."""
     refs: dict[ObjectRef, None] = {}
-    try:
-        for root in chain(roots(source, version.head), [version]):
-            leaves = map(source.load_leaf, root.head.leaves)
-            refs |= dict.fromkeys(extent.ref for extent in chain(root.head.extents, *leaves))
-            refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
-    except (DamagedObject, NewerFormat) as error:
-        yield str(error)
+    leaves: dict[LeafRef, None] = {}
+    wrong: list[S3BlockFSError] = []
+    for root in chain(roots(source, version.head, wrong.append), [version]):
+        leaves |= dict.fromkeys(root.head.leaves)
+        refs |= dict.fromkeys(extent.ref for extent in root.head.extents)
+        refs |= dict.fromkeys(segment.ref for segment in root.head.segments)
+    yield from dict.fromkeys(map(str, wrong))
+    for leaf in leaves:
+        try:
+            refs |= dict.fromkeys(extent.ref for extent in source.load_leaf(leaf))
+        except (DamagedObject, NewerFormat) as error:
+            yield str(error)
     looks = in_flight(source.runtime, AT_A_TIME, (partial(_of_object, source, ref) for ref in refs))
     for done, finding in enumerate(looks):
         report(done, len(refs))
@@ -65,8 +76,8 @@ def _of_pages(source: Source, version: Version, report: Progress) -> Iterator[st
     size, block, unit, name = state.head.size, state.head.block_size, 1, "bytes"
     for start in range(0, size, OBJECT_BYTES):
         report(start, size)
-        state.prefetch(start, start + AT_A_TIME * OBJECT_BYTES)
         try:
+            state.prefetch(start, start + AT_A_TIME * OBJECT_BYTES)
             first = state.read(start, OBJECT_BYTES)
             if start == 0 and header.is_database(first):
                 unit, name = header.page_size(first), "pages"

@@ -19,9 +19,9 @@ from s3blockfs.errors import DamagedObject
 from s3blockfs.format.data import FOOTER_BYTES, FRAME_BYTES, HEADER_BYTES
 from s3blockfs.format.extents import Extent, LeafRef
 from s3blockfs.format.head import Head
-from s3blockfs.format.keys import head_key, rev_of
+from s3blockfs.format.keys import head_key
 from s3blockfs.head import HeadFile
-from s3blockfs.history import roots
+from s3blockfs.history import dated, require_newest, roots
 from s3blockfs.objectstore import Listed
 from s3blockfs.snapshot import Source, Version
 
@@ -41,22 +41,21 @@ class Report(NamedTuple):
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
     """Let what was replaced more than `retain_s` ago go. Raises DamagedObject, DatabaseGone, StoreError, Unsettled."""
+    listed = dated(source, "collect")
     if (version := heads.stored()) is None:
         return Report()
-    listed = [
-        (rev, entry)
-        for folder in ("data", "map", "archive")
-        for entry in source.store.list(f"{source.prefix}/{folder}/", site="collect")
-        if (rev := rev_of(source.prefix, entry.key)) is not None  # what is not ours is left alone
-    ]
-    version = _raise_floor(source, heads, version, listed, retain_s)
-    head = version.head
     try:
-        reachable, extents = _reachable(source, version)
+        require_newest(source, version.head, listed)
+        reachable, extents = _reachable(source, version)  # of a damaged database nothing is let go
+        raised = _raise_floor(source, heads, version, listed, retain_s)
+        if raised is not version:
+            version = raised
+            reachable, extents = _reachable(source, version)
     except DamagedObject:
-        if (now := heads.stored()) is None or now.head.floor > head.floor:
+        if (now := heads.stored()) is None or now.head.floor > version.head.floor:
             return Report()  # another collector was faster, and did what was to be done
         raise
+    head = version.head
     dead = [entry for rev, entry in listed if rev <= head.floor and entry.key not in reachable]
     if dead:
         source.store.delete([entry.key for entry in dead], site="collect")
@@ -85,7 +84,8 @@ def _raise_floor(
 
 
 def _reachable(source: Source, version: Version) -> tuple[set[str], list[Extent]]:
-    """The keys that a head and its roots need, and the extents of the head itself."""
+    """The keys that a head and its roots need, and the extents of the head itself. Raises DamagedObject, also when one
+    of them is not there."""
     prefix, head = source.prefix, version.head
     keys = {snapshot.archive for snapshot in head.snapshots}
     leaves: set[LeafRef] = set()
@@ -96,6 +96,9 @@ def _reachable(source: Source, version: Version) -> tuple[set[str], list[Extent]
         keys.update(ref.key(prefix) for ref in {extent.ref for extent in extents})
         keys.update(segment.ref.key(prefix) for segment in root.head.segments)
     keys.update(leaf.key(prefix) for leaf in leaves)
+    lost = keys.difference(entry.key for _, entry in dated(source, "collect"))
+    if lost:
+        raise DamagedObject(f"{source.name_of(min(lost))}: missing; nothing was deleted")
     return keys, list(BlockMap.of(head.extents, head.leaves, source.load_leaf).find(0, NO_END))
 
 

@@ -17,7 +17,7 @@ from s3blockfs import errors
 from s3blockfs.config import Config
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError, StoreError, StoreUnavailable
 from s3blockfs.format import head as codec
-from s3blockfs.format.head import Head
+from s3blockfs.format.head import Archived, Head
 from s3blockfs.format.keys import NONCE_BYTES, archive_key, head_key
 from s3blockfs.objectstore import ObjectStore, StoredObject
 from s3blockfs.runtime import Runtime
@@ -104,11 +104,12 @@ class HeadFile:
         while True:
             if doubt is None:
                 old, in_doubt = None if current is None else current.head, False
-                head = replace(make(old), rev=1 if old is None else old.rev + 1, nonce=self._nonce())
-                doubt = Doubt(current, head)
+                head, last = make(old), None if old is None else old.archived
                 if current is not None and (archives or _drops(current.head, head)):
-                    key = archive_key(self.prefix, current.head.rev, self._nonce())
-                    self._store.put(key, current.body, site="archive")
+                    last = Archived(current.head.rev, current.head.nonce)
+                    self._store.put(archive_key(self.prefix, *last), current.body, site="archive")
+                rev = 1 if old is None else old.rev + 1
+                doubt = Doubt(current, replace(head, rev=rev, nonce=self._nonce(), archived=last))
             try:
                 return self._put(current, doubt.head)
             except (PreconditionFailed, ObjectNotFound, errors.RequestInDoubt):

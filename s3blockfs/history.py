@@ -9,7 +9,7 @@ one may have displaced something unseen, so that root shows no commit that is ol
 Thread rule: any thread."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import chain
@@ -20,44 +20,79 @@ from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.config import duration_s
 from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import LABEL, Head, NamedSnapshot
-from s3blockfs.format.keys import NONCE_BYTES, archive_key, rev_of
+from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot
+from s3blockfs.format.keys import archive_key, head_key, rev_of
 from s3blockfs.head import HeadFile
+from s3blockfs.objectstore import Listed
 from s3blockfs.snapshot import Snapshot, Source, Version, read_log
 
 T = TypeVar("T")
 
 
-def roots(source: Source, head: Head) -> Iterator[Version]:
-    """The archived heads that `head` keeps, oldest first, one at a time. Raises DamagedObject, StoreError."""
+def _refuse(error: errors.S3BlockFSError) -> None:
+    raise error
+
+
+def roots(source: Source, head: Head, wrong: Callable[[errors.S3BlockFSError], object] = _refuse) -> Iterator[Version]:
+    """The archived heads that `head` keeps, oldest first, one at a time. `wrong` gets a DamagedObject or NewerFormat
+    for each that cannot be had, also when it was collected since `head` was read. Raises StoreError."""
     pinned = {snapshot.archive for snapshot in head.snapshots}
     listed = {entry.key for entry in source.store.list(f"{source.prefix}/archive/", site="roots")}
-    dated = [(rev_of(source.prefix, key), key) for key in listed | pinned]
-    for rev, key in sorted((rev, key) for rev, key in dated if rev is not None):
+    found = [(rev_of(source.prefix, key), key) for key in listed | pinned]
+
+    def require(last: Archived | None) -> None:
+        if last is not None and last.rev > head.floor and (key := archive_key(source.prefix, *last)) not in listed:
+            wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
+
+    for rev, key in sorted((rev, key) for rev, key in found if rev is not None):
         if key in pinned or head.floor < rev < head.rev:
             try:
                 root = archived(source, key)
             except errors.ObjectNotFound:
                 if key in pinned:
-                    raise errors.DamagedObject(f"{source.name_of(key)}: missing") from None
+                    wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
                 continue  # a collector with a higher floor was here: it is no root any more
+            except (errors.DamagedObject, errors.NewerFormat) as error:
+                wrong(error)
+                continue
+            require(root.head.archived)
             yield root
+    require(head.archived)
+
+
+def dated(source: Source, site: str) -> list[tuple[int, Listed]]:
+    """Every object of ours with the rev in its name; what is not ours is left out."""
+    folders = (source.store.list(f"{source.prefix}/{folder}/", site=site) for folder in ("data", "map", "archive"))
+    found = ((rev_of(source.prefix, entry.key), entry) for entry in chain.from_iterable(folders))
+    return [(rev, entry) for rev, entry in found if rev is not None]
+
+
+def require_newest(source: Source, head: Head, listed: Iterable[tuple[int, Listed]]) -> None:
+    """Raise DamagedObject when objects listed before `head` was read were made by later heads: it was put back, or is
+    that of another database, and does not know what they are needed for."""
+    newer = sorted(entry.key for rev, entry in listed if rev > head.rev)
+    if newer:
+        text = f"older (rev {head.rev}) than the head by which {newer[0]} was made"
+        raise errors.DamagedObject(f"{source.name_of(head_key(source.prefix))}: {text}")
 
 
 def archived(source: Source, key: str) -> Version:
-    """A former head. Raises DamagedObject, StoreError."""
+    """A former head. Raises DamagedObject, NewerFormat, StoreError."""
     found = source.store.get(key, site="roots")
-    return Version(codec.decode(found.body, source.name_of(key)), found.etag, found.body)
+    head = codec.decode(found.body, source.name_of(key))
+    if key != archive_key(source.prefix, head.rev, head.nonce):
+        raise errors.DamagedObject(f"{source.name_of(key)}: not the head that its name says")
+    return Version(head, found.etag, found.body)
 
 
 def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:
     """Keep the state of `version`, a head that is stored, under a new label for as long as `forget` is not called.
     Raises DatabaseExists (the label is in use), Busy, and what a swap raises."""
-    key = archive_key(source.prefix, version.head.rev, source.runtime.token(NONCE_BYTES))
+    key = archive_key(source.prefix, version.head.rev, version.head.nonce)
     source.store.put(key, version.body, site="archive")
 
     def make(head: Head) -> Head:
-        others = tuple(named for named in head.snapshots if named.archive != key)
+        others = tuple(named for named in head.snapshots if named != NamedSnapshot(label, key))
         if label in [named.label for named in others]:
             raise errors.DatabaseExists(f"{source.name_of(source.prefix)}: has a snapshot {label!r}; choose another")
         if version.head.rev <= head.floor:

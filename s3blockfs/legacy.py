@@ -106,10 +106,11 @@ class LegacySnapshot(Snapshot):
         self._over = Dirty(spill_folder(config.spill_dir), config.block_size, 0)
         size = _roll_back(source.store, leftover, self._over)
         size = blocks.total if size is None else size
+        claimed = header.file_size(self.read(0, header.HEADER_BYTES)) or size
+        if max(size, claimed) > blocks.solid:
+            size = claimed
         if size > blocks.solid:
-            size = header.file_size(self.read(0, header.HEADER_BYTES)) or size
-        if size > blocks.solid:
-            hole = source.name_of(f"{blocks.name}/{blocks.solid // blocks.block_size:010d}")
+            hole = source.name_of(f"{blocks.name}/{blocks.solid // (blocks.block_size or 1):010d}")
             raise errors.DamagedObject(f"{hole}: missing, or shorter than others")
         self._end = size
         first = self.read(0, header.HEADER_BYTES)

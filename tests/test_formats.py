@@ -7,7 +7,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +40,7 @@ from s3blockfs.errors import DamagedObject, NewerFormat, NotSupported, UsageErro
 from s3blockfs.format import data, extents, head, keys, tail
 from s3blockfs.format.data import BASE, LOG, Commit, FrameAddress, Index, IndexEntry, build, decode_object, slot_address
 from s3blockfs.format.extents import Extent, LeafRef
-from s3blockfs.format.head import Head, Lease, NamedSnapshot, Segment
+from s3blockfs.format.head import Archived, Head, Lease, NamedSnapshot, Segment
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.format.tail import LogCommit, Tail
 
@@ -115,6 +115,12 @@ def test_the_encoder_the_page_and_the_golden_bytes_agree(kind: str) -> None:
 def test_golden_bytes_are_read(kind: str) -> None:
     """Whatever was stored once stays readable, with any build of zlib."""
     assert KINDS[kind].decode(golden(kind)) == KINDS[kind].value
+
+
+def test_a_head_of_before_archives_were_counted_is_read() -> None:
+    body = golden("head_without_archived")
+    assert body == page.full_head_bytes(archived="")
+    assert head.decode(body, "it") == replace(HEAD, archived=None)
 
 
 def test_golden_frames_are_read_alone() -> None:
@@ -220,6 +226,7 @@ heads = st.builds(
     writer=st.text(),
     time_ms=u63,
     floor=u63,
+    archived=st.none() | st.builds(Archived, u63, eight),
     deleted=st.booleans(),
     name=st.none() | st.text(),
     counter=st.none() | u32,
@@ -352,7 +359,7 @@ def test_every_field_is_needed_and_checked(field: str) -> None:
     """Fields that may be null excepted; nothing is guessed."""
     sections = map_bytes(), tail_bytes()
     rest = {name: value for name, value in FIELDS.items() if name != field}
-    nullable = field in ("name", "counter", "lease")
+    nullable = field in ("archived", "name", "counter", "lease")
     assert refused(lambda: head.decode(head_bytes(json.dumps(rest), *sections), "it")) != nullable
     for wrong in (-1, 1.5, True if field != "deleted" else 1, "x" * 5000, {}, [[]], 1 << 64):
         line = json.dumps({**FIELDS, field: wrong})

@@ -119,9 +119,13 @@ def build(
     return BuiltObject(b"".join(parts), pos, len(index), index_crc, tuple(entries))
 
 
-def decode_frame(buffer: bytes | memoryview, address: FrameAddress, name: str) -> bytes:
-    """The extent's bytes. `buffer` is exactly the frame. Raises DamagedObject naming the object and the file offset."""
-    where = f"{name}: damaged at byte {address.pos} (database bytes {address.offset}..{address.offset + address.raw})"
+def decode_frame(buffer: bytes | memoryview | None, address: FrameAddress, name: str) -> bytes:
+    """The extent's bytes. `buffer` is exactly the frame, None when the object is missing. Raises DamagedObject naming
+    the object and the bytes of the database."""
+    held = f"(database bytes {address.offset}..{address.offset + address.raw})"
+    if buffer is None:
+        raise DamagedObject(f"{name}: missing {held}")
+    where = f"{name}: damaged at byte {address.pos} {held}"
     if len(buffer) != FRAME_BYTES + address.stored:
         raise DamagedObject(f"{where}: {len(buffer)} bytes instead of {FRAME_BYTES + address.stored}; object truncated")
     offset, _seq, raw, stored, codec, crc = _FRAME.unpack_from(buffer)

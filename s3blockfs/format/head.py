@@ -58,6 +58,13 @@ class NamedSnapshot(NamedTuple):
     archive: str
 
 
+class Archived(NamedTuple):
+    """Which former head was archived: its key has both, so that its content proves to belong there."""
+
+    rev: int
+    nonce: bytes
+
+
 _Decode = Callable[[Any], Any]  # of a JSON value; raises ValueError or TypeError for what it cannot take
 
 
@@ -119,6 +126,8 @@ class Head:
     writer: _Text = ""
     time_ms: _Count = 0
     floor: _Count = 0
+    archived: Annotated[Archived | None, partial(_optional, partial(_row, Archived, (_count, partial(_hex, 8))))] = None
+    """The last head before this one that was archived: what came after it was only added to. None: there is none."""
     deleted: Annotated[bool, partial(_exact, bool)] = False
     name: Annotated[str | None, partial(_optional, _text)] = None
     """The exact file name, when it was created through a mount; None lets `acme` be shown as `acme.sqlite`."""

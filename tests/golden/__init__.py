@@ -14,7 +14,7 @@ from pathlib import Path
 
 from s3blockfs.format.data import Commit, IndexEntry
 from s3blockfs.format.extents import Extent, LeafRef
-from s3blockfs.format.head import Head, Lease, NamedSnapshot, Segment
+from s3blockfs.format.head import Archived, Head, Lease, NamedSnapshot, Segment
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.format.tail import LogCommit, Tail
 
@@ -88,12 +88,14 @@ def head_bytes(line: str, inline: bytes, tail_section: bytes) -> bytes:
     return body + b"S3BH" + zlib.crc32(b"S3BH" + body).to_bytes(4, "big")
 
 
-def full_head_bytes() -> bytes:
+def full_head_bytes(archived: str = '"archived":[6700,"6172636869766564"],') -> bytes:
+    """Heads that were made before there was this field read as if it were null."""
     inline, section = map_bytes(), tail_bytes()
     line = (
         '{"format":1,"id":"6465666768696a6b6c6d6e6f70717273","rev":6701,"seq":6,'
         '"commit":"101112131415161718191a1b1c1d1e1f","size_bytes":1099511627776,"block_size":512,'
-        '"nonce":"6e6f6e63656e6f6e","writer":"host \\u00fc 1","time_ms":1700000000456,"floor":17,"deleted":false,'
+        '"nonce":"6e6f6e63656e6f6e","writer":"host \\u00fc 1","time_ms":1700000000456,"floor":17,'
+        f'{archived}"deleted":false,'
         '"name":"Kunden \\u00fc.db","counter":4294967295,"lease":["me","0011",10],'
         '"segments":[["0000000000001a2b-1112131415161718-0102030405060708",1,4,5000,4000,952,3735928559]],'
         '"snapshots":[["monday","0000000000001a00-aaaaaaaaaaaaaaaa"]],"leaves":[],'
@@ -106,8 +108,8 @@ def head_with_leaves_bytes() -> bytes:
     inline = map_bytes(())
     line = (
         f'{{"format":1,"id":"{"69" * 16}","rev":9,"seq":3,"commit":"{"63" * 16}","size_bytes":0,"block_size":65536,'
-        f'"nonce":"{"6e" * 8}","writer":"","time_ms":0,"floor":0,"deleted":true,"name":null,"counter":null,'
-        '"lease":null,"segments":[],"snapshots":[],"leaves":[[0,0,6699,"0001020304050607",1],'
+        f'"nonce":"{"6e" * 8}","writer":"","time_ms":0,"floor":0,"archived":null,"deleted":true,"name":null,'
+        '"counter":null,"lease":null,"segments":[],"snapshots":[],"leaves":[[0,0,6699,"0001020304050607",1],'
         f'[5000,7,6701,"08090a0b0c0d0e0f",4294967295]],"map_bytes":{len(inline)},"tail_bytes":0}}'
     )
     return head_bytes(line, inline, b"")
@@ -124,6 +126,7 @@ HEAD = Head(
     writer="host ü 1",
     time_ms=1_700_000_000_456,
     floor=17,
+    archived=Archived(6700, b"archived"),
     name="Kunden ü.db",
     counter=0xFFFFFFFF,
     lease=Lease("me", "0011", 10),
