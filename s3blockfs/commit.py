@@ -67,6 +67,7 @@ class Publisher:
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
         assert uploads is not None
+        uploads.deadline = deadline = source.runtime.monotonic() + self._config.transaction_deadline_s
         chunks, segments = _upload(base, dirty, uploads)
         pieces = [p for s in segments for p in segment_pieces(s.ref, source.load_index(s).extents)]
         extents = uploads.extents()
@@ -105,7 +106,8 @@ class Publisher:
             )
             return made
 
-        version = self._lease.heads.swap(base.version, make, commit=True)
+        left_s = max(deadline - source.runtime.monotonic(), 0.01)
+        version = self._lease.heads.swap(base.version, make, commit=True, deadline_s=left_s)
         self._lease.committed(version.head)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))

@@ -3,7 +3,20 @@
 An error is raised where it happens, its text is one line that says what to do next, nothing turns it into success.
 """
 
-from errno import EACCES, EAGAIN, EEXIST, EINVAL, EIO, ENODEV, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT, EROFS, ESTALE
+from errno import (
+    EACCES,
+    EAGAIN,
+    EEXIST,
+    EINVAL,
+    EIO,
+    ENODEV,
+    ENOENT,
+    EOPNOTSUPP,
+    EPROTONOSUPPORT,
+    EREMOTEIO,
+    EROFS,
+    ESTALE,
+)
 
 
 class S3BlockFSError(Exception):
@@ -25,8 +38,9 @@ class EnvironmentProblem(S3BlockFSError, errno=ENODEV, exit_code=8):
     """This machine lacks something: libfuse, /dev/fuse, fusermount, the embedded server."""
 
 
-class StoreError(S3BlockFSError, exit_code=5):
-    """A request to the object store failed. The request definitely had no effect unless a subclass says otherwise."""
+class StoreError(S3BlockFSError, errno=EREMOTEIO, exit_code=5):
+    """A request to the object store failed. The request definitely had no effect unless a subclass says otherwise.
+    To a read that met EIO SQLite says "malformed", and not for damaged objects alone."""
 
 
 class ObjectNotFound(StoreError, errno=ENOENT, exit_code=3):
@@ -90,7 +104,7 @@ class CommitLost(S3BlockFSError, exit_code=7):
     """Another writer committed first. Nothing of this transaction is or will be visible (invariant I3)."""
 
 
-class OutcomeUnknown(S3BlockFSError, exit_code=5):
+class OutcomeUnknown(S3BlockFSError, errno=EREMOTEIO, exit_code=5):
     """Nobody could tell whether the commit applied; every call on the database fails until it is settled."""
 
 

@@ -23,8 +23,8 @@ from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
-#: A database in doubt asks the store again at most this often.
-SETTLE_EVERY_S = 2.0
+#: A database in doubt or cut off asks the store again this often.
+RECOVER_EVERY_S = 2.0
 
 
 class State:
@@ -50,8 +50,8 @@ class State:
         self._view = View(Snapshot.load(source, version), spill_folder(config.spill_dir), new_uploads)
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
-        self._settling = False
-        self._settle_after = 0.0
+        self._recovering = False
+        self._recover_after = 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None
@@ -74,6 +74,10 @@ class State:
     @property
     def is_gone(self) -> bool:
         return self._gone is not None
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self._heads.cut_off_s is not None
 
     @property
     def in_doubt(self) -> bool:
@@ -99,7 +103,7 @@ class State:
 
     def _require_settled(self) -> None:
         if self._doubt is not None:
-            self._settle_soon()
+            self._recover_soon()
             raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
         version = self._unloaded
         if version is not None:
@@ -135,25 +139,28 @@ class State:
 
     def _doubts(self, error: Unsettled) -> None:
         self._doubt = error.doubt
-        self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
+        self._recover_after = self._source.runtime.monotonic() + RECOVER_EVERY_S
         log.error("%s", error)
 
-    def _settle_soon(self) -> None:
+    def _recover_soon(self) -> None:
         with self._mutex:
             now = self._source.runtime.monotonic()
-            if self._settling or now < self._settle_after:
+            if self._recovering or now < self._recover_after:
                 return
-            self._settling = True
-            self._settle_after = now + SETTLE_EVERY_S
+            self._recovering = True
+            self._recover_after = now + RECOVER_EVERY_S
         try:
-            self._source.runtime.submit(self._settle)
+            self._source.runtime.submit(self._recover)
         except RuntimeError:  # no more threads: the next call tries again
-            self._settling = False
+            self._recovering = False
 
-    def _settle(self) -> None:
+    def _recover(self) -> None:
         doubt = self._doubt
         try:
             if doubt is None:
+                with contextlib.suppress(DatabaseGone):  # the next transaction will meet that
+                    self._heads.read_if_changed(self.version)
+                self._heads.cut_off_s = None
                 return
             version = self._heads.settle(doubt)
             with self._gate, self._changing():
@@ -169,7 +176,7 @@ class State:
         except S3BlockFSError as error:
             log.warning("%s", error)
         finally:
-            self._settling = False
+            self._recovering = False
 
     def _fail(self, remove_journal: bool) -> None:
         """The uncommitted bytes count no more."""
