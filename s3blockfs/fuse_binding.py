@@ -50,15 +50,8 @@ DEFAULT_OPTIONS: Mapping[str, str | int | bool] = {
 }
 
 #: The application hears these as "I/O error", "read-only" and so on; only the log says why and what to do.
-_TO_BE_EXPLAINED = {
-    errno.EIO,
-    errno.EREMOTEIO,
-    errno.EROFS,
-    errno.EACCES,
-    errno.ESTALE,
-    errno.EPROTONOSUPPORT,
-    errno.EOPNOTSUPP,
-}
+_TO_BE_EXPLAINED = {errno.EIO, errno.EREMOTEIO, errno.EROFS, errno.EACCES, errno.ESTALE}
+_TO_BE_EXPLAINED |= {errno.EPROTONOSUPPORT, errno.EOPNOTSUPP}
 
 _libfuse = fuse._libfuse
 _libfuse.fuse_get_session.restype = _libfuse.fuse_session_next_chan.restype = c_void_p

@@ -83,3 +83,13 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_outage_has_a_test_and_every_test_an_outage() -> None:
+    section = (ROOT / "docs/SEMANTICS.md").read_text().partition("## Outages\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    named = [re.findall(r"`(\w+)`", line.split("|")[-2]) for line in lines]
+    assert all(named), "a line without a test"
+    files = [ROOT / "tests" / f"test_outages{kind}.py" for kind in ("", "_process")]
+    tests = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
+    assert sorted(name for names in named for name in names) == sorted(tests)
