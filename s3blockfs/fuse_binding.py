@@ -233,6 +233,7 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
         if name in ("init", "destroy") or not isinstance(failure, Exception):
             self._failure = self._failure or failure
             self.events.put("stop")
+        del failure  # its traceback leads back here: a full journal would stay on the disk until Python finds the cycle
         return 0 if name == "init" else -code  # what init returns becomes a pointer
 
     def init(self, _connection: int) -> None:

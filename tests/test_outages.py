@@ -170,10 +170,12 @@ def test_service_unavailable(stage: Stage, name: str) -> None:
     is_lost_in_doubt(stage, name, AWAY)
 
 
+@pytest.mark.long
 def test_internal_error(stage: Stage, name: str) -> None:
     is_lost_in_doubt(stage, name, Fault(status=500))
 
 
+@pytest.mark.long
 def test_black_hole(stage: Stage, name: str) -> None:
     is_lost_in_doubt(stage, name, HANGS)
 
@@ -272,9 +274,9 @@ def is_refused(stage: Stage, name: str, fault: Fault, reads: bool = True) -> Non
     assert stage.mount is not None or fault.code in said
     if reads:
         goes_on_reading(stage, name, reader)
-    else:
+    time.sleep(2)  # a lease is perhaps still held: who has it learns of the outage at the commit
+    if not reads:
         fails(reader, ROWS, IOERR, LOCK_S)
-    time.sleep(1)  # a lease is perhaps still held: who has it learns of the outage at the commit
     fails(writer, "BEGIN IMMEDIATE", IOERR if stage.mount or not reads else READONLY, LOCK_S)
     cannot_create(stage)
     assert fault.code in stage.said()
