@@ -276,3 +276,14 @@ def test_a_copy_that_fails_names_its_source(stubbed: tuple[S3Store, Stubber]) ->
     stubber.add_client_error("copy_object", "AccessDenied", http_status_code=403)
     with pytest.raises(AccessDenied, match=f"s3://{BUCKET}/source: "):
         store.copy("source", "target", site="test")
+
+
+def test_no_failure_on_the_wire_is_taken_for_missing_credentials() -> None:
+    """Time-outs of the SDK have RuntimeError among their bases, as what it raises for expired credentials has."""
+    kinds = [each for each in vars(sdk).values() if isinstance(each, type) and issubclass(each, sdk.BotoCoreError)]
+    assert sdk.ReadTimeoutError in kinds and issubclass(sdk.ReadTimeoutError, RuntimeError)
+    credentials = tuple(each for each in s3store._NO_CREDENTIALS if issubclass(each, sdk.BotoCoreError))
+    for kind in kinds:
+        meaning = next(s3store._MEANINGS[base][0] for base in kind.__mro__ if base in s3store._MEANINGS)
+        assert (meaning is AccessDenied) == issubclass(kind, credentials), kind
+    assert s3store._explain(RuntimeError("still expired"))[0] is AccessDenied
