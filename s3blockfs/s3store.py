@@ -51,7 +51,7 @@ _FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, HTTPError,
 #: Raised by urllib3's `_new_conn` alone, that is before anything was sent. A pooled connection that the server had
 #: closed fails later, as ConnectionClosedError: that request may have arrived, so it is in doubt.
 _NOT_SENT = (sdk.EndpointConnectionError, sdk.ConnectTimeoutError)
-_PERHAPS_SENT = (sdk.BotoCoreError, HTTPError, Exception)  # before the RuntimeError among the bases of some
+_PERHAPS_SENT = (sdk.BotoCoreError, HTTPError, Exception)  # before the OSError among the bases of some
 _NO_CREDENTIALS = (
     *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError),
     *(sdk.NoAuthTokenError, sdk.TokenRetrievalError, sdk.SSOError, sdk.LoginError, RuntimeError, OSError),
