@@ -20,7 +20,7 @@ from s3blockfs.errors import ObjectNotFound, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import ObjectStore
-from s3blockfs.runtime import Runtime
+from s3blockfs.runtime import Runtime, all_of
 
 #: Two frames of one object this close together are fetched by one GET: at 15 ms and 100 MB/s a request costs as much
 #: time as 1.5 MB, in money as much as nothing; but bytes of other frames are thrown away.
@@ -45,10 +45,7 @@ class BlockCache:
         metrics.CACHE_HITS.inc(len(found))
         metrics.CACHE_MISSES.inc(len(waiting))
         try:
-            for run in runs[1:]:
-                self._start(prefix, run)
-            for run in runs[:1]:
-                self._fetch_run(prefix, run)
+            all_of(self._runtime, [partial(self._fetch_run, prefix, run) for run in runs])
         except BaseException:  # Ctrl-C, say: others would wait for these frames for as long as the process lives
             with self._lock:
                 left = [self._inflight.pop((prefix, address.ref, address.pos), None) for run in runs for address in run]

@@ -139,6 +139,11 @@ class Catalog(Names):
             held = self._open.get(prefix)
         return None if held is None or held.is_gone else held.version
 
+    def _is_used_below(self, prefix: str) -> bool:
+        with self._lock:
+            held = [*self._users, *(idle for idle in self._idle.values() if idle.is_cut_off)]
+        return any(database.prefix.startswith(f"{prefix}/") for database in held if not database.is_gone)
+
     def opened_at(self, path: str) -> Database | None:
         """The database known here under this name or its alias, open or lately closed; never asks the store."""
         with self._lock:

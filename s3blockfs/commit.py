@@ -55,6 +55,7 @@ class Publisher:
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
         assert uploads is not None
+        uploads.deadline = deadline = source.runtime.monotonic() + uploads.patience_s
         chunks, segments = _upload(base, dirty, uploads)
         pieces = [p for s in segments for p in segment_pieces(s.ref, source.load_index(s).extents)]
         extents = uploads.extents()
@@ -94,7 +95,8 @@ class Publisher:
             return made
 
         sent_s = source.runtime.monotonic()  # whoever is stopped before the answer comes must not count from that
-        version = self._lease.heads.swap(base.version, make, commit=True)
+        left_s = max(deadline - sent_s, 0.01)
+        version = self._lease.heads.swap(base.version, make, commit=True, deadline_s=left_s)
         self._lease.committed(version.head, sent_s)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))

@@ -26,7 +26,7 @@ from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Leve
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
-from s3blockfs.state import State
+from s3blockfs.state import RECOVER_EVERY_S, State
 
 log = logging.getLogger(__name__)
 
@@ -127,19 +127,22 @@ class Database(State):
         """The super-journal `name` is about to be unlinked: the commit point of every database whose journal names it.
         SQLite ignores every error after that unlink, so the transaction is published now. If it has to be rolled back
         because another database failed, the play-back is published as a compensating commit."""
-        with self._changing():
-            if (journal := self._journal()) is not None and super_journal(journal.read, journal.size) == name:
+        journal = self._journal()  # looked at without a lock, which the slow commit of another transaction may hold
+        if journal is not None and super_journal(journal.read, journal.size) == name:
+            with self._changing():
                 self.finalise_journal(pid)
                 self._journal_images_committed = False
 
-    def sync(self, pid: int, foreign: Callable[[str], bool] = lambda name: False) -> None:
-        """fsync of the database file by process `pid`: the commit point when there is no journal.
-        Also when the journal names a super-journal that is `foreign`, one whose unlink this process will not see."""
+    def sync(self, pid: int, commits: Callable[[str | None], bool] = lambda name: False) -> None:
+        """fsync of the database file by process `pid`: the commit point when there is no journal. Also when `commits`
+        says so of the super-journal that the journal names, or None: it has its images, and its end comes next."""
         self._require_settled()
         if (journal := self._journal()) is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
             name = super_journal(journal.read, journal.size)
-            if name is not None and foreign(name) and self._discarding is None:
-                self.finalise_super_journal(name, pid)
+            if commits(name) and self._discarding is None:
+                with self._changing():
+                    self.finalise_journal(pid)
+                    self._journal_images_committed = False
             return
         self.close_handle(pid)
 
@@ -252,10 +255,7 @@ class Database(State):
         elif _is_reserved(kind, start, end) and level is Level.SHARED:
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
-                try:
-                    self._begin_write(owner)
-                except AccessDenied as error:  # EACCES from a lock is SQLITE_BUSY for SQLite, which would try for ever
-                    raise ReadOnly(str(error)) from error
+                self._begin_write(owner)
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
             raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
 
@@ -288,7 +288,7 @@ class Database(State):
             reading = any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner)
             known = self._heads.latest  # perhaps by another connection of this process
             newer = known is not None and known.head.rev > self.version.head.rev
-            fresh = now - self.checked_s < max_age_s
+            fresh = self.is_cut_off or now - self.checked_s < max_age_s
             if self._behind_s is None and fresh and not newer:
                 return
             if self._behind_s is None or not reading:
@@ -312,11 +312,11 @@ class Database(State):
             version = self._heads.read_if_changed(self.version)
             self.checked_s = now
             return version
-        except StoreUnavailable as error:
+        except (StoreUnavailable, AccessDenied) as error:
             if self._config.refresh_s == 0:
                 raise
             log.warning("%s: showing the last known state: %s", self._label, error)
-            self.checked_s = now - self._config.refresh_s + REFRESH_PAUSE_S
+            self._heads.cut_off_s = self._source.runtime.monotonic()
             return self.version
 
     def _fall_behind(self, now: float) -> float:
@@ -378,6 +378,12 @@ class Database(State):
 
     def tick(self) -> None:
         """What is due now and then, without a request while the database is idle."""
+        now, cut_off_s = self._source.runtime.monotonic(), self._heads.cut_off_s
+        if cut_off_s is not None and now - cut_off_s >= RECOVER_EVERY_S:
+            self._heads.cut_off_s = now  # of all connections one asks
+            self._recover_soon()
+        elif self._doubt is not None:
+            self._recover_soon()
         self._lease.tick()
         if self._wrote:
             self._housekeeper.tick()

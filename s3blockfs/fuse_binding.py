@@ -49,7 +49,8 @@ DEFAULT_OPTIONS: Mapping[str, str | int | bool] = {
 }
 
 #: The application hears these as "I/O error", "read-only" and so on; only the log says why and what to do.
-_TO_BE_EXPLAINED = {errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP}
+_TO_BE_EXPLAINED = {errno.EIO, errno.EREMOTEIO, errno.EROFS, errno.EACCES, errno.ESTALE}
+_TO_BE_EXPLAINED |= {errno.EPROTONOSUPPORT, errno.EOPNOTSUPP}
 
 _libfuse = fuse._libfuse
 _libfuse.fuse_get_session.restype = _libfuse.fuse_session_next_chan.restype = c_void_p
@@ -231,6 +232,7 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
         if name in ("init", "destroy") or not isinstance(failure, Exception):
             self._failure = self._failure or failure
             self.events.put("stop")
+        del failure  # its traceback leads back here: a full journal would stay on the disk until Python finds the cycle
         return 0 if name == "init" else -code  # what init returns becomes a pointer
 
     def init(self, _connection: int) -> None:

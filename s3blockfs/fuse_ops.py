@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past
-from s3blockfs.errors import S3BlockFSError
+from s3blockfs.errors import AccessDenied, S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
@@ -262,7 +262,7 @@ class FileSystem(Operations):
         handle = self._handles[info.fh]
         if isinstance(database := handle.file, Database):
             self._inode_of(database)
-            self._durably(handle, database, lambda: database.sync(context_pid(), self._is_foreign))
+            self._durably(handle, database, lambda: database.sync(context_pid(), self._commits))
 
     def fsyncdir(self, path: str | None, datasync: int, handle: int) -> None:
         """Unlinking and creating are durable when they return."""
@@ -324,10 +324,13 @@ class FileSystem(Operations):
         if self._ending and kind is Kind.WRITE and database.locks.level(owner) < Level.RESERVED:
             raise OSError(errno.EAGAIN, "the mount is ending")
         handle.owners.add(owner)
-        if command == F_SETLKW:
-            database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
-        else:
-            database.lock(owner, kind, start, end, lock.l_pid)
+        try:
+            if command == F_SETLKW:
+                database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
+            else:
+                database.lock(owner, kind, start, end, lock.l_pid)
+        except AccessDenied as error:  # EACCES from a lock is SQLITE_BUSY for SQLite, which would try for ever
+            raise OSError(errno.EIO if kind is Kind.READ else errno.EROFS, str(error)) from error
 
     # --- helpers ---------------------------------------------------------------------------------------
 
@@ -382,8 +385,10 @@ class FileSystem(Operations):
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return side
 
-    def _is_foreign(self, super_journal: str) -> bool:
-        return not super_journal.startswith(self._mountpoint + "/")
+    def _commits(self, super_journal: str | None) -> bool:
+        """Whether fsync does, not the journal's unlink: during that the kernel holds the directory locked, against all
+        other databases in it. A super-journal's unlink comes only if it is on this mount."""
+        return super_journal is None or not super_journal.startswith(self._mountpoint + "/")
 
     def _side_path(self, path: str) -> str:
         """Where the side file of a database lies, whichever of its names was used."""

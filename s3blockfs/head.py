@@ -54,6 +54,8 @@ class HeadFile:
         self.prefix = prefix
         self.latest: Version | None = None
         """The newest head that was read or written here, tombstones included."""
+        self.cut_off_s: float | None = None
+        """When it could not be read; readers go by `latest` until it can be, which is tried in the background."""
 
     def read(self) -> Version | None:
         """The head, tombstones included; None when there is none."""

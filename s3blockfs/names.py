@@ -70,7 +70,9 @@ class Names:
             return Entry(self._root, is_folder=True)
         if not all(is_file_name(part) and part != HIDDEN_FOLDER for part in path.split("/")):
             return None
-        version = self._head(prefix := join(self._root, path))
+        if self._is_used_below(prefix := join(self._root, path)):
+            return Entry(prefix, is_folder=True)
+        version = self._head(prefix)
         if version is not None:
             if version.head.deleted:
                 return None
@@ -198,16 +200,25 @@ class Names:
         with self._lock:
             known = self._heads.get(prefix)
         heads, before = self._head_file(prefix), known[0] if known else None
-        if known is not None and now - known[1] < self._config.refresh_s:
+        if known is not None and (now - known[1] < self._config.refresh_s or (before and heads.cut_off_s is not None)):
             seen = [version for version in (before, heads.latest) if version is not None]
             return max(seen, key=lambda version: version.head.rev, default=None)
-        version = heads.read(before) if before is None or before.snapshot else heads.read_if_changed(before)
+        try:
+            version = heads.read(before) if before is None or before.snapshot else heads.read_if_changed(before)
+        except (errors.AccessDenied, errors.StoreUnavailable):
+            if before is None or self._config.refresh_s == 0:
+                raise
+            heads.cut_off_s, version = self._runtime.monotonic(), before
         self._remember(prefix, version, now)
         return version
 
     def _shown(self, prefix: str) -> Version | None:
-        """The state that is shown of a database that is open here."""
+        """The state that is shown of a database that is in use here."""
         return None
+
+    def _is_used_below(self, prefix: str) -> bool:
+        """Whether a database below this prefix is."""
+        return False
 
     def _source(self, prefix: str) -> Source:
         return Source(self._store, self._cache, self._runtime, prefix)

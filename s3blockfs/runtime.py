@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import zip_longest
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -94,11 +96,13 @@ class Runtime:
 
 def all_of(runtime: Runtime, calls: Sequence[Callable[[], T]]) -> list[T]:
     """What these calls return: the first is made here, the others on I/O threads."""
-    futures = [runtime.submit(call) for call in calls[1:]]
+    futures: list[Future[T]] = []
+    with suppress(RuntimeError):  # no more threads
+        futures.extend(runtime.submit(call) for call in calls[1:])
     results = [call() for call in calls[:1]]
-    for call, future in zip(calls[1:], futures, strict=True):
+    for call, future in zip_longest(calls[1:], futures):
         # What no I/O thread has begun is done here: this may be one of them, and all of them may wait like this.
-        results.append(call() if future.cancel() else future.result())
+        results.append(call() if future is None or future.cancel() else future.result())
     return results
 
 

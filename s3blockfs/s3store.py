@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -39,21 +40,24 @@ log = logging.getLogger(__name__)
 #: For each address that the endpoint's name resolves to; also bounds the sending of one piece (see `_Upload`).
 CONNECT_TIMEOUT_S = 3.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+RENEW_EVERY_S = 1.0  # how often credentials are looked for that replace refused ones
 BATCH = 1000  # the most that DeleteObjects takes and ListObjectsV2 gives
 PIECE = 256 * 1024  # how much of a body is received or sent between two looks at the clock
 
 #: Everything that an attempt may end in. ValueError: the SDK met an answer (a date, a length) that it cannot parse.
-_FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, HTTPError, ValueError)
+#: RuntimeError, OSError: from asking for credentials; a network's errors come wrapped.
+_FAILURES = (sdk.BotoCoreError, sdk.ClientError, ResponseParserError, HTTPError, ValueError, RuntimeError, OSError)
 #: Raised by urllib3's `_new_conn` alone, that is before anything was sent. A pooled connection that the server had
 #: closed fails later, as ConnectionClosedError: that request may have arrived, so it is in doubt.
 _NOT_SENT = (sdk.EndpointConnectionError, sdk.ConnectTimeoutError)
+_PERHAPS_SENT = (sdk.BotoCoreError, HTTPError, Exception)  # before the OSError among the bases of some
 _NO_CREDENTIALS = (
     *(sdk.NoCredentialsError, sdk.PartialCredentialsError, sdk.CredentialRetrievalError),
-    *(sdk.NoAuthTokenError, sdk.TokenRetrievalError, sdk.SSOError, sdk.LoginError),
+    *(sdk.NoAuthTokenError, sdk.TokenRetrievalError, sdk.SSOError, sdk.LoginError, RuntimeError, OSError),
 )
 
 _DENIED = "access denied; check credentials and policy (without s3:ListBucket, S3 says this for a missing key, too)"
-_BAD_TOKEN = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
+_BAD_TOKEN = ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId")
 #: What a failed attempt is: an exception, and in words what happened and what to do about it. RequestInDoubt and
 #: StoreUnavailable are worth another attempt; the latter: nothing has been or will be applied. The first hit counts
 #: among the SDK's exception and its bases, or an answer's code, status and class. S3 says 400 to an ExpiredToken, to a
@@ -64,7 +68,7 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.StoreUnavailable, "cannot connect; check the network and the endpoint", _NOT_SENT),
         (errors.AccessDenied, "no credentials; set AWS_ACCESS_KEY_ID and its secret, or a profile", _NO_CREDENTIALS),
         (errors.StoreRefused, "the SDK refuses this name; check bucket and key", (sdk.ParamValidationError,)),
-        (errors.RequestInDoubt, "sent, but not answered in full; check the network and the endpoint", (Exception,)),
+        (errors.RequestInDoubt, "sent, but not answered in full; check the network and the endpoint", _PERHAPS_SENT),
         (errors.AccessDenied, _DENIED, ("401", "403", *_BAD_TOKEN)),
         (errors.AccessDenied, "access denied; set the clock of this machine", ("RequestTimeTooSkewed",)),
         (errors.BucketNotFound, "no such bucket; create it or check its name", ("NoSuchBucket",)),
@@ -114,6 +118,14 @@ class S3Store:
         self._date: tuple[float, float] | None = None
         """The store's clock and ours at its last answer; one tuple, so that threads replace both at once."""
         keys = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
+        self._connect = partial(self._new_client, like, endpoint_url, region, profile, keys)
+        self._renewing, self._renew_after_s = threading.Lock(), 0.0
+        self._client = self._connect()
+
+    def _new_client(
+        self, like: Any, endpoint_url: str | None, region: str | None, profile: str | None, keys: dict[str, str | None]
+    ) -> Any:
+        """One that looks for credentials anew."""
         base: Any = Config()
         verify = None
         try:
@@ -140,16 +152,34 @@ class S3Store:
                 proxies={} if host in ("127.0.0.1", "localhost", "::1") else base.proxies,
             )
             options = {"endpoint_url": endpoint_url, "config": base.merge(config), "verify": verify, **keys}
-            self._client = session.create_client("s3", region, **options)
-        except (sdk.BotoCoreError, ValueError) as error:
+            client = session.create_client("s3", region, **options)
+        except (sdk.BotoCoreError, ValueError, OSError) as error:
             text = f"cannot be used ({type(error).__name__}); check endpoint URL, region, profile and keys"
             raise errors.UsageError(f"{self.name}: {text}") from error
-        events = self._client.meta.events
+        events = client.meta.events
         # Each PUT would otherwise wait one round trip for "100 Continue". Undocumented: tests/test_s3store.py looks at
         # the wire, so an SDK that renames it costs a failed test and a round trip, never a failed request.
         events.unregister("before-call.s3", getattr(handlers, "add_expect_header", None))
         events.register("before-call.s3", self._set_read_timeout)
         events.register("response-received.s3", self._note_date)
+        return client
+
+    def _renew(self, refused: Any) -> bool:
+        """The store says that this client's credentials are no longer valid: are there others now? The SDK itself reads
+        files once, and asks a `credential_process` again only at the time that it named."""
+        with self._renewing:
+            if self._client is not refused:
+                return True  # another thread was faster
+            now = self._runtime.monotonic()
+            if now >= self._renew_after_s:
+                self._renew_after_s = now + RENEW_EVERY_S
+                with suppress(errors.UsageError, *_FAILURES):
+                    client = self._connect()
+                    old, new = (each._get_credentials() for each in (refused, client))
+                    if new is not None and new.get_frozen_credentials() != old.get_frozen_credentials():
+                        self._client = client
+                        refused.close()
+            return self._client is not refused
 
     @staticmethod
     def identity(bucket: Any) -> tuple[str | None, ...]:
@@ -302,10 +332,13 @@ class S3Store:
         while True:
             left_s = max(deadline - self._runtime.monotonic(), 0.01)
             self._attempt.read_timeout_s = left_s if once else min(left_s, max(left_s / 2, 1.0))
+            client = self._client
             try:
                 return metrics.request(site, attempt)
             except _FAILURES as error:
                 kind, text, reason = _explain(error)
+                if isinstance(error, sdk.ClientError) and _answer(error)[1] in _BAD_TOKEN and self._renew(client):
+                    continue
                 where = f"{self.name}/{key}: {reason}"
                 if once or kind not in (errors.RequestInDoubt, errors.StoreUnavailable):
                     raise kind(f"{where}: {text}") from error

@@ -20,7 +20,7 @@ from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
-SETTLE_EVERY_S = 2.0  # a database in doubt asks the store no more often
+RECOVER_EVERY_S = 2.0  # a database in doubt or cut off asks the store again this often
 
 
 class State:
@@ -34,7 +34,7 @@ class State:
         self._view = View(source, config, Snapshot.load(source, version))
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
-        self._settling, self._settle_after = False, 0.0
+        self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None
@@ -57,6 +57,10 @@ class State:
     @property
     def is_gone(self) -> bool:
         return self._gone is not None
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self._heads.cut_off_s is not None
 
     @property
     def in_doubt(self) -> bool:
@@ -82,7 +86,7 @@ class State:
 
     def _require_settled(self) -> None:
         if self._doubt is not None:
-            self._settle_soon()
+            self._recover_soon()
             raise OutcomeUnknown(f"{self._label}: the outcome of the last commit is unknown until the store answers")
         if (version := self._unloaded) is not None:
             snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
@@ -117,25 +121,28 @@ class State:
 
     def _doubts(self, error: Unsettled) -> None:
         self._doubt = error.doubt
-        self._settle_after = self._source.runtime.monotonic() + SETTLE_EVERY_S
+        self._recover_after = self._source.runtime.monotonic() + RECOVER_EVERY_S
         log.error("%s", error)
 
-    def _settle_soon(self) -> None:
+    def _recover_soon(self) -> None:
         with self._mutex:
             now = self._source.runtime.monotonic()
-            if self._settling or now < self._settle_after:
+            if self._recovering or now < self._recover_after:
                 return
-            self._settling = True
-            self._settle_after = now + SETTLE_EVERY_S
+            self._recovering = True
+            self._recover_after = now + RECOVER_EVERY_S
         try:
-            self._source.runtime.submit(self._settle)
+            self._source.runtime.submit(self._recover)
         except RuntimeError:  # no more threads: the next call tries again
-            self._settling = False
+            self._recovering = False
 
-    def _settle(self) -> None:
+    def _recover(self) -> None:
         doubt = self._doubt
         try:
             if doubt is None:
+                with contextlib.suppress(DatabaseGone):  # the next transaction will meet that
+                    self._heads.read_if_changed(self.version)
+                self._heads.cut_off_s = None
                 return
             version = self._heads.settle(doubt)
             self._go_on(version)
@@ -148,7 +155,7 @@ class State:
             if isinstance(error.__cause__, TooOld):  # nobody can ever tell; it can apply no more, or is applied
                 self._go_on(None)
         finally:
-            self._settling = False
+            self._recovering = False
 
     def _go_on(self, version: Version | None) -> None:
         """The commit in doubt is in the past of `version`, or its base is replaced."""

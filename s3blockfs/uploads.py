@@ -5,17 +5,19 @@ Thread rule: the calls of one `Uploads` are serialised by the caller; the PUTs r
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 
 from s3blockfs.blockmap import BlockMap, EncodedMap, joined
 from s3blockfs.config import Config
 from s3blockfs.dirty import Dirty
-from s3blockfs.errors import StoreError
+from s3blockfs.errors import StoreError, StoreUnavailable
 from s3blockfs.format import data as codec
 from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, Commit, slots_per_object
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
+from s3blockfs.runtime import IO_THREADS
 from s3blockfs.snapshot import Source
 
 
@@ -27,8 +29,10 @@ class Uploads:
         """They are named after the head `base`; their bytes are complete to `seq`."""
         self._source, self._rev, self._seq, self._block_size = source, base.rev, seq, base.block_size
         self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
-        self._patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
-        self._most = max(1, config.memory // OBJECT_BYTES)
+        self.patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
+        self._most = max(1, min(config.memory // OBJECT_BYTES, IO_THREADS // 2))  # the rest is for other databases
+        self.deadline: float | None = None
+        """Set by the commit: when everything has to be stored."""
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}
         """Which slot holds each block that is still as uploaded."""
 
@@ -76,17 +80,24 @@ class Uploads:
         while len(self._pending) >= self._most:
             self._reap()
         key, store = ref.key(self._source.prefix), self._source.store
-        put = partial(store.put, key, body, site="data", timeout_s=self._patience_s)
+        put = partial(store.put, key, body, site="data", timeout_s=self._left_s())
         self._pending.append((self._source.runtime.submit(put), ref, ahead))
 
     def _reap(self) -> None:
         future, ref, ahead = self._pending.popleft()
         try:
-            future.result()
-        except StoreError:
+            future.result(self._left_s())
+        except (StoreError, FutureTimeout) as error:
+            future.cancel()
             if not ahead:
-                raise
+                if isinstance(error, StoreError):
+                    raise
+                raise StoreUnavailable(f"{self._source.prefix}: not uploaded in time; nothing was committed") from error
             self.blocks = {number: place for number, place in self.blocks.items() if place[0] != ref}
+
+    def _left_s(self) -> float:
+        left_s = self.patience_s if self.deadline is None else self.deadline - self._source.runtime.monotonic()
+        return max(left_s, 0.01)
 
 
 def upload_map(source: Source, block_map: BlockMap, rev: int) -> EncodedMap:

@@ -322,7 +322,8 @@ class _DatabaseFile(_File):
         return self.database.size
 
     def xSync(self, flags: int) -> None:
-        self.commit_point(partial(self.database.sync, foreign=lambda name: self._catalog.side_files.get(name) is None))
+        files = self._catalog.side_files
+        self.commit_point(partial(self.database.sync, commits=lambda name: name is not None and not files.get(name)))
 
     def xLock(self, level: int) -> None:
         try:

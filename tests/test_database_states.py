@@ -248,9 +248,9 @@ def test_a_foreign_super_journal_publishes_at_fsync(scene: Scene) -> None:
     writer = scene.process(1)
     writer.begin(SUPER)
     scene.database.write(0, state(2))
-    scene.database.sync(1, foreign=lambda name: name != SUPER)
+    scene.database.sync(1, commits=lambda name: name != SUPER)
     assert scene.published(1)
-    scene.database.sync(1, foreign=lambda name: name == SUPER)
+    scene.database.sync(1, commits=lambda name: name == SUPER)
     assert scene.published(2)
     writer.play_back()  # it failed after all
     writer.commit()

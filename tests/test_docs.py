@@ -89,3 +89,13 @@ def test_tests_that_documents_name_exist() -> None:
     defined = {name for file in ROOT.glob("tests/*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/DURABILITY.md").read_text()))
     assert len(named) > 20 and named <= defined, named - defined
+
+
+def test_every_outage_has_a_test_and_every_test_an_outage() -> None:
+    section = (ROOT / "docs/SEMANTICS.md").read_text().partition("## Outages\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    named = [re.findall(r"`(\w+)`", line.split("|")[-2]) for line in lines]
+    assert all(named), "a line without a test"
+    files = [ROOT / "tests" / f"test_outages{kind}.py" for kind in ("", "_process")]
+    tests = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
+    assert sorted(name for names in named for name in names) == sorted(tests)

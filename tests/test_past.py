@@ -246,7 +246,7 @@ def test_a_commit_that_was_collected_is_gone(scene: Scene) -> None:
 def test_a_store_that_is_down_is_no_empty_past(scene: Scene) -> None:
     system, _ = face(scene.machine)
     store_down(scene.world)
-    assert refusal(system, "getattr", f"{A}/3.sqlite", None) == "EIO"
+    assert refusal(system, "getattr", f"{A}/3.sqlite", None) == "EREMOTEIO"
     with pytest.raises(errors.StoreUnavailable):
         listed(system, A)
     scene.world.store.rule = None

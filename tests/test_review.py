@@ -15,7 +15,7 @@ from engine import CONFIG, Call, Delayed, InlineRuntime, ManualRuntime, Process,
 from s3blockfs import catalog as catalog_module
 from s3blockfs.errors import CommitLost, NewerFormat, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level
-from s3blockfs.state import SETTLE_EVERY_S
+from s3blockfs.state import RECOVER_EVERY_S
 
 if TYPE_CHECKING:
     from s3blockfs.catalog import Catalog
@@ -140,7 +140,7 @@ def _close_in_doubt_and_open_again(world: World) -> None:
     again = opened(here)
     with pytest.raises(OutcomeUnknown):
         again.shared()
-    world.runtime.sleep(SETTLE_EVERY_S)
+    world.runtime.sleep(RECOVER_EVERY_S)
     with pytest.raises(OutcomeUnknown):
         again.shared()  # the runtime settles inside this call
     assert not again.journal_exists

@@ -11,12 +11,14 @@ from typing import Any
 import boto3
 import botocore.session
 import pytest
+from botocore import exceptions as sdk
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
 from botocore.stub import Stubber
 from proxy import Fault, FaultProxy
 from servers import BUCKET, SECRET, connect, without_aws
 
+from s3blockfs import s3store
 from s3blockfs.embedded import Endpoint
 from s3blockfs.errors import AccessDenied, BucketNotFound, StoreError, StoreRefused, StoreUnavailable
 from s3blockfs.runtime import Runtime
@@ -276,3 +278,14 @@ def test_a_copy_that_fails_names_its_source(stubbed: tuple[S3Store, Stubber]) ->
     stubber.add_client_error("copy_object", "AccessDenied", http_status_code=403)
     with pytest.raises(AccessDenied, match=f"s3://{BUCKET}/source: "):
         store.copy("source", "target", site="test")
+
+
+def test_no_failure_on_the_wire_is_taken_for_missing_credentials() -> None:
+    """That would say of a commit that it was not applied, which nobody knows after a time-out."""
+    kinds = [each for each in vars(sdk).values() if isinstance(each, type) and issubclass(each, sdk.BotoCoreError)]
+    assert sdk.ReadTimeoutError in kinds
+    credentials = tuple(each for each in s3store._NO_CREDENTIALS if issubclass(each, sdk.BotoCoreError))
+    for kind in kinds:
+        meaning = next(s3store._MEANINGS[base][0] for base in kind.__mro__ if base in s3store._MEANINGS)
+        assert (meaning is AccessDenied) == issubclass(kind, credentials), kind
+    assert s3store._explain(RuntimeError("still expired"))[0] is AccessDenied
