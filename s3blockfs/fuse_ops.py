@@ -255,9 +255,8 @@ class FileSystem(Operations):
         if is_side_file(path):
             self._truncate_side(self._side(path), length)
             return
-        database = self._catalog.open(
-            self._names.changeable(path)
-        )  # truncate(2): there is no handle whose close could publish it
+        # truncate(2): there is no handle whose close could publish it
+        database = self._catalog.open(self._names.changeable(path))
         try:
             self._catalog.require_writable()
             database.truncate(length)

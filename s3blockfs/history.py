@@ -47,7 +47,9 @@ def roots(source: Source, head: Head) -> Iterator[Version]:
 
 
 def archived(source: Source, key: str) -> Version:
-    """A former head. Raises DamagedObject, StoreError."""
+    """A former head. Raises DamagedObject (for a key of another database, too), StoreError."""
+    if rev_of(source.prefix, key) is None:
+        raise errors.DamagedObject(f"{source.name_of(source.prefix)}: refers to {key[:99]!r}, which is none of its own")
     found = source.store.get(key, site="roots")
     return Version(codec.decode(found.body, source.name_of(key)), found.etag, found.body)
 
