@@ -8,7 +8,7 @@ import logging
 import re
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -407,26 +407,42 @@ def test_printable_changes_only_what_is_not(text: str) -> None:
     assert (shown == text) == text.isprintable()
 
 
-@pytest.mark.s3
-def test_a_giant_is_not_fetched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of it are; but not all of it, neither as a head nor when a range lies behind its end."""
-    monkeypatch.setattr(s3store, "MOST_BYTES", 1000)
+@pytest.fixture
+def store(place: Place) -> Iterator[S3Store]:
     runtime = Runtime()
     keys = {"access_key": place.access_key, "secret_key": place.secret_key}
-    store = S3Store(place.bucket, runtime=runtime, endpoint_url=place.url, region="us-east-1", **keys)
-    try:
-        for size, key in ((1000, "small"), (1001, "giant")):
-            place.put(key, bytes(size))
-        assert len(store.get(f"{place.prefix}/small", site="test").body) == 1000
-        assert len(store.get(f"{place.prefix}/giant", site="test", start=500, length=100).body) == 100
-        for where in ({}, {"start": 1 << 40, "length": 10}, {"start": 0}):
-            with pytest.raises(DamagedObject, match="giant: larger than anything"):
-                store.get(f"{place.prefix}/giant", site="test", **where)  # type: ignore[arg-type]
+    with closing(S3Store(place.bucket, runtime=runtime, endpoint_url=place.url, region="us-east-1", **keys)) as store:
+        yield store
+    runtime.close()
+
+
+@pytest.mark.s3
+def test_a_giant_is_not_fetched(store: S3Store, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of it are; but not all of it, neither as a head nor when a range lies behind its end."""
+    monkeypatch.setattr(s3store, "MOST_BYTES", 1000)
+    for size, key in ((1000, "small"), (1001, "giant")):
+        place.put(key, bytes(size))
+    assert len(store.get(f"{place.prefix}/small", site="test").body) == 1000
+    assert len(store.get(f"{place.prefix}/giant", site="test", start=500, length=100).body) == 100
+    for where in ({}, {"start": 1 << 40, "length": 10}, {"start": 0}):
         with pytest.raises(DamagedObject, match="giant: larger than anything"):
-            store.get_if_changed(f"{place.prefix}/giant", site="test", etag='"other"')
-    finally:
-        store.close()
-        runtime.close()
+            store.get(f"{place.prefix}/giant", site="test", **where)  # type: ignore[arg-type]
+    with pytest.raises(DamagedObject, match="giant: larger than anything"):
+        store.get_if_changed(f"{place.prefix}/giant", site="test", etag='"other"')
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "name", ["a\rb", "a\r\nb", "a\x01b", "a\x1b[2Jb", "a&amp;b", "a]]><b", "a+b", "a%20b", "a\u2028b"], ids=ascii
+)
+def test_a_deletion_hits_this_name_and_no_other(store: S3Store, place: Place, name: str) -> None:
+    """XML would turn a carriage return into a line feed, and cannot say most control characters."""
+    others = ["a\nb", "a\n\nb", "ab", "a b", "a&b", "a%b"]
+    for each in (name, *others):
+        place.put(each, b"x")
+    assert name in place.listing()
+    store.delete([f"{place.prefix}/{name}"], site="test")
+    assert sorted(place.listing()) == sorted(others)
 
 
 # --- a real mount, a real store ----------------------------------------------------------------------------
