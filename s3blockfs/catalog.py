@@ -106,7 +106,7 @@ class Catalog(Names):
             if version is None or version.head.deleted:
                 if not create:
                     raise DatabaseNotFound(f"{self._label(path)}: no such database")
-                self.require_writable()
+                self.require_writable(prefix)
                 version = self._create(prefix, version, None, exclusive=False)
             self._remember(prefix, version, self._runtime.monotonic())
         return self._made(prefix, version, side_path)
@@ -161,7 +161,7 @@ class Catalog(Names):
     def remove(self, path: str) -> None:
         """Replace the head by a tombstone. Raises DatabaseNotFound."""
         source, heads, version = self.find(path)
-        self.require_writable()
+        self.require_writable(source.prefix)
         self._replaced(source.prefix, bury(source, heads, version, self._writer))
 
     def rename(self, old: str, new: str, overwrite: bool = True) -> None:

@@ -41,8 +41,15 @@ class Config:
     endpoint_url: str | None = _option(None, "an S3 service other than AWS, such as https://minio.example:9000")
     region: str | None = _option(None, "the bucket's region")
     profile: str | None = _option(None, "section of the AWS configuration files")
+    sse: str | None = _option(None, "encryption to ask S3 for: AES256, aws:kms or aws:kms:dsse (default: the bucket's)")
+    sse_kms_key_id: str | None = _option(None, "KMS key to encrypt with, by its ID, ARN or alias; implies aws:kms")
     allow_other: bool = _option(False, "let other users of this machine in", mount=True)
     uid: int | None = _option(None, "owner of files and folders (default: who mounts)", mount=True)
     gid: int | None = _option(None, "group of files and folders (default: that of who mounts)", mount=True)
     umask: int = _option(0o077, "permissions that nobody has, in octal", mount=True)
     metrics: str | None = _option(None, "HOST:PORT of this machine where Prometheus may ask for figures", mount=True)
+
+    @property
+    def access(self) -> dict[str, str | None]:
+        """For `S3Store`."""
+        return {name: getattr(self, name) for name in ("endpoint_url", "region", "profile", "sse", "sse_kms_key_id")}

@@ -85,6 +85,8 @@ class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
         self = cls(directory.absolute(), runtime)
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if self.directory.stat().st_uid != os.geteuid():  # who could send us, and our data, to a server of his own
+                raise EnvironmentProblem(f"{directory}: belongs to somebody else; name a directory of your own")
             with contextlib.ExitStack() as failed, self._locked("lock", LOCK_EX):
                 failed.callback(self.leave)  # after the lock
                 self._users.enter_context(self._locked("users", LOCK_SH))  # waits while a server is being stopped
@@ -114,7 +116,7 @@ class EmbeddedServer(contextlib.AbstractContextManager["EmbeddedServer"]):
 
     @contextlib.contextmanager
     def _locked(self, name: str, how: int) -> Iterator[int]:
-        descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             flock(descriptor, how)
             yield descriptor

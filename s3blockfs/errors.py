@@ -104,3 +104,7 @@ class ReadOnly(S3BlockFSError, errno=codes.EROFS, exit_code=4):
 
 class NotSupported(S3BlockFSError, errno=codes.EOPNOTSUPP):
     """SQLite or the application asked for something this version refuses rather than get wrong."""
+
+
+#: What is wrong with one database, and no reason to keep quiet about others.
+UNUSABLE = DamagedObject, NewerFormat, NotSupported, DatabaseGone, AccessDenied, StoreRefused

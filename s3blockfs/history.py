@@ -77,7 +77,9 @@ def require_newest(source: Source, head: Head, listed: Iterable[tuple[int, Liste
 
 
 def archived(source: Source, key: str) -> Version:
-    """A former head. Raises DamagedObject, NewerFormat, StoreError."""
+    """A former head. Raises DamagedObject (for a key of another database, too), NewerFormat, StoreError."""
+    if rev_of(source.prefix, key) is None:
+        raise errors.DamagedObject(f"{source.name_of(source.prefix)}: refers to {key[:99]!r}, which is none of its own")
     found = source.store.get(key, site="roots")
     head = codec.decode(found.body, source.name_of(key))
     if key != archive_key(source.prefix, head.rev, head.nonce):

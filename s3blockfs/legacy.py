@@ -28,7 +28,7 @@ from s3blockfs.config import MIB, Config
 from s3blockfs.dirty import Dirty, spill_folder
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, FrameAddress, slots_per_object
 from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, Head
-from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
+from s3blockfs.format.keys import NONCE_BYTES, ObjectRef, is_prefix
 from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import ObjectStore
@@ -77,7 +77,7 @@ class _Blocks:
         return b"".join(parts)[offset - start : end - start]
 
     def _cell(self, block: int, start: int) -> bytes:
-        """A block, or CELL_BYTES of it. The ETag is a hash of the content, so the cache may know it by that."""
+        """A block, or CELL_BYTES of it. An ETag stands for one content of a key, so the cache may know it by that."""
         size, etag = self.rows.get(block, (0, ""))
         length = min(CELL_BYTES, self.block_size - start)
         here, uid = max(0, min(length, size - start)), etag.encode()
@@ -158,7 +158,9 @@ def _roll_back(store: ObjectStore, leftover: _Blocks, over: Dirty) -> int | None
         return None
     name = journal.super_journal(read, leftover.size)
     size = journal.size_before(read, leftover.size)
-    if size is None or (name is not None and not any(store.list(f"{name}/", site="legacy", max_keys=1))):
+    if name is not None and not (is_prefix(name) and any(store.list(f"{name}/", site="legacy", max_keys=1))):
+        size = None  # committed; a name that no key can have is that of nothing
+    if size is None:
         return None
     for offset, image in journal.page_images(read, leftover.size, hot=True):
         if offset < size:

@@ -22,7 +22,7 @@ from s3blockfs.capabilities import ensure_safe
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
 from s3blockfs.format import keys
-from s3blockfs.format.keys import HIDDEN_FOLDER, check_prefix, deleted_mark_key, is_file_name, join
+from s3blockfs.format.keys import check_prefix, deleted_mark_key, is_prefix, join
 from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
@@ -68,9 +68,9 @@ class Names:
         """What `path` (relative to the root, no slash at its start) is, or None."""
         if path == "":
             return Entry(self._root, is_folder=True)
-        if not all(is_file_name(part) and part != HIDDEN_FOLDER for part in path.split("/")):
+        if not is_prefix(prefix := join(self._root, path)):
             return None
-        if self._is_used_below(prefix := join(self._root, path)):
+        if self._is_used_below(prefix):
             return Entry(prefix, is_folder=True)
         version = self._head(prefix)
         if version is not None:
@@ -95,11 +95,8 @@ class Names:
         start = f"{base}/" if base else ""
         marks_start = f"{deleted_mark_key(base, '')}/"
         marks = self._runtime.submit(lambda: list(self._store.list(marks_start, site="list-deleted")))
-        names = [
-            name
-            for listed in self._store.list(start, site="list", delimiter="/")
-            if listed.is_prefix and is_file_name(name := listed.key[len(start) : -1]) and name != HIDDEN_FOLDER
-        ]
+        rolled = (listed.key[:-1] for listed in self._store.list(start, site="list", delimiter="/") if listed.is_prefix)
+        names = [prefix[len(start) :] for prefix in rolled if is_prefix(prefix)]
         marked = {listed.key[len(marks_start) :] for listed in marks.result()}
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
@@ -115,7 +112,7 @@ class Names:
         for name, future in unclear.items():
             try:
                 version = future.result()
-            except (errors.DamagedObject, errors.NewerFormat, errors.NotSupported, errors.DatabaseGone):
+            except errors.UNUSABLE:
                 found[name] = Entry(start + name, is_folder=False)  # using it says what is wrong
                 continue
             self._probed[start + name] = version is not None
@@ -166,12 +163,13 @@ class Names:
         self._store.put(deleted_mark_key(parent, name), b"", site="mark-deleted")
         self._store.delete([keys.folder_mark_key(entry.prefix)], site="unmark-folder")
 
-    def require_writable(self) -> None:
-        """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life."""
+    def require_writable(self, prefix: str = "") -> None:
+        """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life: at the root,
+        or beside a database with this prefix where that is the whole bucket, which may be out of bounds."""
         if self._config.read_only:
             raise errors.ReadOnly(f"{self._label('')}: mounted read-only")
         if not self._safe:
-            ensure_safe(self._store, self._root, self._runtime)
+            ensure_safe(self._store, self._root or prefix.rpartition("/")[0], self._runtime)
             self._safe = True
 
     def _is_folder(self, path: str) -> bool:

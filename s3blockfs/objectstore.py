@@ -43,7 +43,7 @@ class ObjectStore(Protocol):
         self, key: str, *, site: str, start: int = 0, length: int | None = None, if_match: str | None = None
     ) -> StoredObject:
         """The object, or `length` bytes of it from byte `start` (fewer when it ends earlier; none past its end).
-        Raises ObjectNotFound; PreconditionFailed when its ETag is not `if_match`."""
+        Raises ObjectNotFound; PreconditionFailed when its ETag is not `if_match`; DamagedObject for a giant."""
 
     def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         """None when the object still has this ETag (304). Raises ObjectNotFound."""

@@ -1,7 +1,8 @@
 """The real `ObjectStore`: S3 and its relatives, by botocore (no other module imports it).
 
 Every failure becomes one of the classes of `errors.py`, in one line that names the object and the next step and repeats
-nothing that could be secret (no message of the SDK or of the store, no URL, no header: only the error code).
+nothing that could be secret (no message of the SDK or of the store, no URL, no header: only the error code). The SDK's
+exception is no `__cause__`: a traceback would show its text, which may quote a header, session token and all.
 
 Deadlines: an attempt waits at most half of the time left for the next byte (a conditional PUT, which has one attempt:
 all of it). Two waits can pass it: `CONNECT_TIMEOUT_S` for each address of the endpoint's name, and a store that
@@ -42,6 +43,7 @@ CONNECT_TIMEOUT_S = 3.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 RENEW_EVERY_S = 1.0  # how often credentials are looked for that replace refused ones
 BATCH = 1000  # the most that DeleteObjects takes and ListObjectsV2 gives
+MOST_BYTES = 256 * 1024 * 1024  # of one object: heads and what they lead to are smaller, whoever wrote them
 PIECE = 256 * 1024  # how much of a body is received or sent between two looks at the clock
 
 #: Everything that an attempt may end in. ValueError: the SDK met an answer (a date, a length) that it cannot parse.
@@ -107,6 +109,8 @@ class S3Store:
         profile: str | None = None,
         access_key: str | None = None,
         secret_key: str | None = None,
+        sse: str | None = None,
+        sse_kms_key_id: str | None = None,
         request_deadline_s: float = 10.0,
     ) -> None:
         self.bucket: str = bucket if isinstance(bucket, str) else bucket.name
@@ -114,6 +118,8 @@ class S3Store:
         self.name = f"s3://{self.bucket}"
         self._runtime = runtime
         self._deadline_s = request_deadline_s
+        asked = {"ServerSideEncryption": sse or (sse_kms_key_id and "aws:kms"), "SSEKMSKeyId": sse_kms_key_id}
+        self._encryption: dict[str, Any] = {name: value for name, value in asked.items() if value}
         self._attempt = threading.local()  # `deadline` and `read_timeout_s` of this thread's call
         self._date: tuple[float, float] | None = None
         """The store's clock and ours at its last answer; one tuple, so that threads replace both at once."""
@@ -153,9 +159,11 @@ class S3Store:
             )
             options = {"endpoint_url": endpoint_url, "config": base.merge(config), "verify": verify, **keys}
             client = session.create_client("s3", region, **options)
+            if "@" in urlsplit(client.meta.endpoint_url).netloc:
+                raise ValueError("user and password, which the SDK ignores and shows everywhere")
         except (sdk.BotoCoreError, ValueError, OSError) as error:
             text = f"cannot be used ({type(error).__name__}); check endpoint URL, region, profile and keys"
-            raise errors.UsageError(f"{self.name}: {text}") from error
+            raise errors.UsageError(f"{self.name}: {text}") from None
         events = client.meta.events
         # Each PUT would otherwise wait one round trip for "100 Continue". Undocumented: tests/test_s3store.py looks at
         # the wire, so an SDK that renames it costs a failed test and a round trip, never a failed request.
@@ -206,7 +214,7 @@ class S3Store:
             # 416: the range begins at the end or past it; every range of an empty object does. That answer has no ETag,
             # and not every store looks at If-Match first.
             answer = answer or self._ask("get_object", Key=key, **condition)
-            found = self._receive(answer)
+            found = self._receive(answer, key)
             skip = start if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 else 0  # 200: the whole object, not 206
             return replace(found, body=found.body[skip : None if length is None else skip + length])
 
@@ -215,7 +223,7 @@ class S3Store:
     def get_if_changed(self, key: str, *, site: str, etag: str) -> StoredObject | None:
         def attempt() -> StoredObject | None:
             answer = self._ask("get_object", unless=304, Key=key, IfNoneMatch=etag)
-            return None if answer is None else self._receive(answer)
+            return None if answer is None else self._receive(answer, key)
 
         return self._run(attempt, key, site)
 
@@ -229,23 +237,24 @@ class S3Store:
         if_absent: bool = False,
         timeout_s: float | None = None,
     ) -> str:
-        condition: dict[str, Any] = {} if if_match is None else {"IfMatch": if_match}
+        more = self._encryption | ({} if if_match is None else {"IfMatch": if_match})
         if if_absent:
-            condition["IfNoneMatch"] = "*"
+            more["IfNoneMatch"] = "*"
         digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
         def attempt() -> str:
             payload = body if len(body) <= PIECE else _Upload(body, self._check)
-            etag: str = self._ask("put_object", Key=key, Body=payload, ContentMD5=digest, **condition).get("ETag", "")
+            etag: str = self._ask("put_object", Key=key, Body=payload, ContentMD5=digest, **more).get("ETag", "")
             if not etag:
                 raise ValueError("an answer to PUT without an ETag")
             return etag
 
         metrics.SENT.inc(len(body))
-        return self._run(attempt, key, site, timeout_s, once=bool(condition))
+        return self._run(attempt, key, site, timeout_s, once=if_absent or if_match is not None)
 
     def copy(self, source: str, target: str, *, site: str) -> None:
-        self._call(source, site, "copy_object", Key=target, CopySource={"Bucket": self.bucket, "Key": source})
+        place = {"Bucket": self.bucket, "Key": source}
+        self._call(source, site, "copy_object", Key=target, CopySource=place, **self._encryption)
 
     def delete(self, keys: Sequence[str], *, site: str) -> None:
         for first in range(0, len(keys), BATCH):
@@ -287,7 +296,7 @@ class S3Store:
 
     def check_bucket(self, prefix: str = "") -> None:
         """Whether the bucket is there and may be listed; else what LIST raises (HeadBucket's errors have no text)."""
-        self._call(prefix, "check_bucket", "list_objects_v2", Prefix=prefix, MaxKeys=1)
+        self._call(prefix, "check_bucket", "list_objects_v2", Prefix=prefix and f"{prefix}/", MaxKeys=1)
 
     def create_bucket(self) -> None:
         """Create the bucket on a server of our own, which knows no regions; no error when it exists and is ours."""
@@ -341,12 +350,12 @@ class S3Store:
                     continue
                 where = f"{self.name}/{key}: {reason}"
                 if once or kind not in (errors.RequestInDoubt, errors.StoreUnavailable):
-                    raise kind(f"{where}: {text}") from error
+                    raise kind(f"{where}: {text}") from None
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
                 wait_s = self._runtime.uniform(pause_s / 4, pause_s / 2)
                 if self._runtime.monotonic() + wait_s >= deadline:
                     text = f"{where}: no usable answer in {limit_s:g} s; check network and endpoint"
-                    raise errors.StoreUnavailable(text) from error
+                    raise errors.StoreUnavailable(text) from None
                 log.debug("%s: %s; again in %.2f s", site, where, wait_s)
             self._runtime.sleep(wait_s)
 
@@ -375,10 +384,12 @@ class S3Store:
         if self._runtime.monotonic() > self._attempt.deadline:
             raise sdk.ReadTimeoutError(endpoint_url=self.name)
 
-    def _receive(self, answer: Any) -> StoredObject:
+    def _receive(self, answer: Any, key: str) -> StoredObject:
         """Read the body. `read1` returns what has arrived: a trickle cannot hold the deadline up, as with `read`."""
         pieces = []
         with answer["Body"] as raw:
+            if answer.get("ContentLength", 0) > MOST_BYTES:
+                raise errors.DamagedObject(f"{self.name}/{key}: larger than anything that is stored here")
             while piece := raw.read1(PIECE):
                 pieces.append(piece)
                 self._check()

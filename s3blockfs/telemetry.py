@@ -1,6 +1,7 @@
 """Logger names and log set-up. Does not belong here: deciding what is worth a log line. Threads: any."""
 
 import logging
+import os
 
 from s3blockfs.errors import UsageError
 
@@ -12,7 +13,12 @@ class _OneLine(logging.Formatter):
     """One line per record, tracebacks included, so that a log can be searched by line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return super().format(record).replace("\n", " | ")
+        return printable(super().format(record).replace("\n", " | "))
+
+
+def printable(text: str) -> str:
+    """Names come from the bucket, and control characters in them could forge lines or command the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def setup_logging(level: str = "warning", log_file: str | None = None) -> None:
@@ -20,6 +26,8 @@ def setup_logging(level: str = "warning", log_file: str | None = None) -> None:
     `level` (one of LEVELS) is for this package. Libraries stay at warnings: botocore's debug records hold request
     headers, session tokens among them. Raises UsageError when the file cannot be opened."""
     try:
+        if log_file:  # names of databases are nobody else's business
+            os.close(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         handler = logging.FileHandler(log_file, encoding="utf-8") if log_file else logging.StreamHandler()
     except OSError as error:
         raise UsageError(f"--log-file {log_file}: {error.strerror}; name a file that can be written") from error

@@ -123,8 +123,7 @@ def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
                 for part in _engines.pop(other):
                     part.close()
             runtime = Runtime()
-            where = {"endpoint_url": config.endpoint_url, "region": config.region, "profile": config.profile}
-            store = S3Store(bucket, runtime=runtime, request_deadline_s=config.request_deadline_s, **where)
+            store = S3Store(bucket, runtime=runtime, request_deadline_s=config.request_deadline_s, **config.access)
             _engines[key] = Catalog(store, runtime, config, ""), runtime
         _engines[key] = _engines.pop(key)
         return _engines[key][0]
@@ -328,7 +327,7 @@ class _DatabaseFile(_File):
     def xLock(self, level: int) -> None:
         try:
             if level == apsw.SQLITE_LOCK_RESERVED:
-                self._catalog.require_writable()
+                self._catalog.require_writable(self.database.prefix)
             self.database.lock(self, *_LOCKS[level], self.pid)
         except (errors.AccessDenied, errors.ReadOnly) as error:
             if level != apsw.SQLITE_LOCK_RESERVED:

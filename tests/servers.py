@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,21 @@ def seaweed(directory: Path) -> Iterator[Endpoint]:
             yield server.endpoint
     finally:
         runtime.close()
+
+
+@contextlib.contextmanager
+def seaweed_with(directory: Path, identities: Iterable[Any], **more: Any) -> Iterator[Endpoint]:
+    """The same with more identities, and other parts of SeaweedFS's s3.json."""
+
+    def dumps(content: Any) -> str:
+        if "identities" in content:
+            content = {"identities": [*content["identities"], *identities], **more}
+        return json.dumps(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("s3blockfs.embedded.json", SimpleNamespace(loads=json.loads, load=json.load, dumps=dumps))
+        with seaweed(directory) as endpoint:
+            yield endpoint
 
 
 def without_aws(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:

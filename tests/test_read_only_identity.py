@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import apsw
 import pytest
 from inprocess import bucket_of, connect, key, rows
 from mounting import Place, mounted, sqlite
-from servers import seaweed
+from servers import seaweed_with
 
 from s3blockfs.vfs import S3VFS
 
@@ -28,20 +25,13 @@ READER = {
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, Place]]:
     """One database as its owner sees it, and as the reader does."""
-
-    def dumps(content: Any) -> str:
-        return json.dumps({"identities": [*content["identities"], READER]} if "identities" in content else content)
-
-    with pytest.MonkeyPatch.context() as patch:
-        names = SimpleNamespace(loads=json.loads, load=json.load, dumps=dumps)
-        patch.setattr("s3blockfs.embedded.json", names)
-        with seaweed(tmp_path_factory.mktemp("readers")) as endpoint:
-            owner = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "shared", "dbs")
-            owner.create_bucket()
-            db = connect(owner)
-            db.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
-            db.close()
-            yield owner, replace(owner, access_key="READER", secret_key="r" * 40)
+    with seaweed_with(tmp_path_factory.mktemp("readers"), [READER]) as endpoint:
+        owner = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "shared", "dbs")
+        owner.create_bucket()
+        db = connect(owner)
+        db.execute("CREATE TABLE t(x); INSERT INTO t VALUES (1)")
+        db.close()
+        yield owner, replace(owner, access_key="READER", secret_key="r" * 40)
 
 
 def test_in_process(places: tuple[Place, Place]) -> None:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (S3BlockFSError, click.ClickException, OSError) as error:
         if settings.debug:
             traceback.print_exc()
-        print(f"s3blockfs: {_in_one_line(error)}", file=sys.stderr)
+        options.complain(_in_one_line(error))
         return getattr(error, "exit_code", 1)
 
 

@@ -65,8 +65,10 @@ def mount(target: options.Target, directory: str, foreground: bool) -> int:
 
 def _in_background() -> int:
     """Start the same command as a daemon; 0 when the mount answers, its exit code and message when it does not.
-    A new process instead of a fork: nothing of this one's threads and connections gets into the daemon."""
-    line = [sys.executable, "-m", "s3blockfs", *options.settings().arguments]
+    A new process instead of a fork: nothing of this one's threads and connections gets into the daemon. Nor do modules
+    from the current folder, which may be anybody's; `-m` would look there first."""
+    main = "import sys; sys.path[:] = filter(None, sys.path); from s3blockfs.cli.main import entry; entry()"
+    line = [sys.executable, "-c", main, *options.settings().arguments]
     environment = {**os.environ, DAEMON_VARIABLE: "1"}
     daemon = Popen(line, stdin=DEVNULL, stdout=PIPE, env=environment, start_new_session=True)
     assert daemon.stdout is not None
@@ -80,13 +82,13 @@ def _in_background() -> int:
 
 def _serve(target: options.Target, given: str) -> int:
     from s3blockfs import fuse_binding, metrics  # needs libfuse
-    from s3blockfs.catalog import Catalog
     from s3blockfs.fuse_ops import FileSystem
+    from s3blockfs.names import undotted
 
     config, in_background = options.settings().config, os.environ.pop(DAEMON_VARIABLE, None)
     mountpoint.require()
     if mountpoint.clear_dead_mount(given):
-        print(f"s3blockfs: cleared a dead mount on {given}", file=sys.stderr)
+        options.complain(f"cleared a dead mount on {given}")
     directory = Path(given).resolve()
     if not directory.is_dir():
         raise UsageError(f"{given}: no such directory; create it with mkdir")
@@ -100,9 +102,10 @@ def _serve(target: options.Target, given: str) -> int:
 
     with options.opened(target) as (catalog, store, runtime):
         store.check_bucket(target.prefix)
-        entry = Catalog(store, runtime, config, "").lookup(target.prefix)
-        if entry is not None and not entry.is_folder:
-            raise UsageError(f"{target}: is a database, not a folder of databases; mount its parent")
+        for prefix in filter(None, (target.prefix, undotted(target.prefix))):
+            version = catalog.at(prefix)[1].read()
+            if version is not None and not version.head.deleted:
+                raise UsageError(f"{target}: is a database, not a folder of databases; mount its parent")
         if config.metrics:
             metrics.serve(config.metrics)
         # A lock on the directory itself, below the mount, that ends with this process: `umount` waits for it.

@@ -3,11 +3,12 @@
 import os
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 
 import click
 
 from s3blockfs.cli import options
-from s3blockfs.errors import DatabaseNotFound, UsageError
+from s3blockfs.errors import UNUSABLE, DatabaseNotFound, UsageError
 from s3blockfs.format import extents
 from s3blockfs.format.keys import join
 
@@ -16,22 +17,27 @@ from s3blockfs.format.keys import join
 @click.argument("target", type=options.target, metavar="BUCKET[/PREFIX]")
 @click.option("-l", "--long", is_flag=True, help="size in bytes and time of the last commit as well")
 @options.json_option
-def ls(target: options.Target, long: bool, as_json: bool) -> None:
+def ls(target: options.Target, long: bool, as_json: bool) -> int:
     """List the databases and folders under BUCKET/PREFIX, as a mount would show them."""
     with options.opened(options.Target(target.bucket, "")) as (catalog, _, runtime):
         rows = catalog.listing(target.prefix)
         if not rows and catalog.lookup(target.prefix) is None:
             raise DatabaseNotFound(f"{target}: nothing there; `s3blockfs ls {target.bucket}` shows what is")
-        if long or as_json:
-            looked_up = [runtime.submit(partial(catalog.lookup, join(target.prefix, name))) for name, _ in rows]
-            rows = [(name, future.result() or row) for (name, row), future in zip(rows, looked_up, strict=True)]
-    for name, entry in rows:
-        kind, text = ("folder", f"{name}/") if entry.is_folder else ("database", name)
-        if long:
-            time = options.utc(int(entry.modified_s * 1000))[:19].replace("T", " ")
-            text = f"{'-':>14}  {'':19}  {name}" if entry.is_folder else f"{entry.size:>14}  {time}  {name}"
-        facts = {"name": name, "type": kind, "size_bytes": entry.size, "modified_s": entry.modified_s}
-        options.show(facts, as_json, text)
+        code, asked = 0, rows if long or as_json else []
+        looks = [runtime.submit(partial(catalog.lookup, join(target.prefix, name))) for name, _ in asked]
+        for (name, entry), look in zip_longest(rows, looks):
+            try:
+                entry = (look and look.result()) or entry
+            except UNUSABLE as error:  # no reason to hide the others
+                options.complain(error)
+                code = error.exit_code
+            kind, text = ("folder", f"{name}/") if entry.is_folder else ("database", name)
+            if long:
+                time = options.utc(int(entry.modified_s * 1000))[:19].replace("T", " ")
+                text = f"{'-':>14}  {'':19}  {name}" if entry.is_folder else f"{entry.size:>14}  {time}  {name}"
+            facts = {"name": name, "type": kind, "size_bytes": entry.size, "modified_s": entry.modified_s}
+            options.show(facts, as_json, text)
+    return code
 
 
 @options.command("info", short_help="show what is known of a database")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # --- types: functions that read a text or raise BadParameter, to which click adds the option ------------------------
 
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LAST_S = 253_402_300_799  # of the year 9999; heads may hold any number
 # The rules of AWS for new and old buckets, widened to what MinIO and Ceph accept.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
@@ -125,7 +126,7 @@ def label(text: str) -> str:
 
 
 def utc(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms // 1000, timezone.utc).isoformat()
+    return datetime.fromtimestamp(min(time_ms // 1000, LAST_S), timezone.utc).isoformat()
 
 
 # --- options --------------------------------------------------------------------------------------------------------
@@ -209,12 +210,15 @@ force_option = click.option("--force", is_flag=True, help="overwrite what is the
 json_option = click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
 
 
-def show(facts: Mapping[str, object], as_json: bool, text: str | None = None) -> None:
-    """Print what is known of one thing: for a program, or for a person as `text` or in a line for each fact."""
-    if text is None:
-        shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
-        text = "\n".join(f"{name:16}{'-' if value in (None, '') else value}" for name, value in shown.items())
-    print(json.dumps(facts) if as_json else text)
+def show(facts: Mapping[str, object], as_json: bool, *lines: str) -> None:
+    """Print what is known of one thing: for a program, or for a person in these `lines` or in one for each fact."""
+    shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
+    told = lines or [f"{name:16}{'-' if value in (None, '') else value}" for name, value in shown.items()]
+    print(json.dumps(facts) if as_json else "\n".join(map(telemetry.printable, told)))
+
+
+def complain(said: object) -> None:
+    print(telemetry.printable(f"s3blockfs: {said}"), file=sys.stderr)
 
 
 @contextmanager
@@ -242,10 +246,11 @@ def opened(where: Target) -> Iterator[tuple[Catalog, S3Store, Runtime]]:
 
     local, config, runtime = settings().local, settings().config, Runtime()
     with ExitStack() as stack:
-        access: dict[str, Any] = {name: getattr(config, name) for name in ("endpoint_url", "region", "profile")}
+        access: dict[str, Any] = config.access
         if local is not None:
-            if config.endpoint_url or config.profile:
-                raise UsageError("--local brings its own server; leave out --endpoint-url and --profile")
+            if given := [name for name, value in config.access.items() if value and name != "region"]:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise UsageError(f"--local brings its own server; leave out {flags}")
             from s3blockfs.embedded import EmbeddedServer
 
             access = stack.enter_context(EmbeddedServer.join(Path(local), runtime)).endpoint.settings

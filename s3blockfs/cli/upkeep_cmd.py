@@ -1,12 +1,11 @@
 """What keeps databases in good order: `s3blockfs check|gc|adopt`."""
 
-import sys
-
 import click
 
 from s3blockfs.cli import options
-from s3blockfs.errors import DamagedObject, DatabaseGone, DatabaseNotFound, NewerFormat
+from s3blockfs.errors import UNUSABLE, DamagedObject, DatabaseNotFound
 from s3blockfs.format.head import MAX_DATABASE_BYTES
+from s3blockfs.format.keys import is_prefix
 
 
 @options.command("check", short_help="verify everything that belongs to databases")
@@ -29,9 +28,9 @@ def check(databases: tuple[options.Target, ...], as_json: bool) -> int:
                 found = integrity(catalog, path)
             stale = stale_keys(source.store, source.prefix) if version.snapshot is None else ()
         if stale:
-            print(f"{database}: {len(stale)} keys of sqlite-s3vfs beside it count for nothing", file=sys.stderr)
-        text = "\n".join(f"{database}: {line}" for line in found or ["ok"])
-        options.show({"database": str(database), "findings": found}, as_json, text)
+            options.complain(f"{database}: {len(stale)} keys of sqlite-s3vfs beside it count for nothing")
+        lines = [f"{database}: {line}" for line in found or ["ok"]]
+        options.show({"database": str(database), "findings": found}, as_json, *lines)
         code = DamagedObject.exit_code if found else code
     return code
 
@@ -42,23 +41,25 @@ def check(databases: tuple[options.Target, ...], as_json: bool) -> int:
 def gc(target: options.Target, as_json: bool) -> int:
     """Delete what a database, or all under a prefix, replaced longer ago than --retain, also of deleted ones; merge
     long logs, and objects of which little is needed."""
+    from s3blockfs.catalog import Catalog
     from s3blockfs.housekeeping import clean_up
+    from s3blockfs.names import undotted
 
-    config, folder = options.settings().config, target.prefix.rpartition("/")[0]
-    code = 0
-    with options.opened(options.Target(target.bucket, folder)) as (catalog, store, _):
-        entry = catalog.lookup(target.prefix[len(folder) :].lstrip("/"))
-        prefix = target.prefix if entry is None else entry.prefix
-        listed = store.list(f"{prefix}/" if prefix else "", site="gc")
-        databases = [each.key[: -len("/head")] for each in listed if each.key.endswith("/head")]
+    config, code = options.settings().config, 0
+    with options.opened(target) as (_, store, runtime):
+        for prefix in (target.prefix, undotted(target.prefix) or target.prefix):
+            keys = (each.key for each in store.list(f"{prefix}/" if prefix else "", site="gc"))
+            if databases := [key[:-5] for key in keys if key.endswith("/head") and is_prefix(key[:-5])]:
+                break
         if prefix and not databases:
             raise DatabaseNotFound(f"{target}: no database there")
+        catalog = Catalog(store, runtime, config, prefix.rpartition("/")[0] if prefix in databases else prefix)
         catalog.require_writable()
         for each in databases:
             try:
                 report = clean_up(*catalog.at(each), config)
-            except (DamagedObject, DatabaseGone, NewerFormat) as error:  # no reason to leave the others alone
-                print(f"s3blockfs: {error}", file=sys.stderr)
+            except UNUSABLE as error:  # no reason to leave the others alone
+                options.complain(error)
                 code = error.exit_code
                 continue
             facts = {"prefix": each, **report._asdict(), "sparse": len(report.sparse)}

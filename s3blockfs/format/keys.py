@@ -73,13 +73,16 @@ def join(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def is_prefix(prefix: str) -> bool:
+    """Whether every key of a database or folder with this prefix is a legal, harmless key."""
+    legal = all(is_file_name(part) and part != HIDDEN_FOLDER for part in prefix.split("/"))
+    return legal and len(prefix.encode()) + LONGEST_SUFFIX_BYTES <= MAX_KEY_BYTES
+
+
 def check_prefix(prefix: str) -> None:
-    """Raise UsageError unless every key of a database with this prefix is a legal, harmless key."""
-    for part in prefix.split("/"):
-        if not is_file_name(part) or part == HIDDEN_FOLDER:
-            raise UsageError(f"{prefix!r}: not usable as a database name")
-    if len(prefix.encode()) + LONGEST_SUFFIX_BYTES > MAX_KEY_BYTES:
-        raise UsageError(f"{prefix[:40]}...: name too long for an S3 key")
+    """Raise UsageError unless it is one."""
+    if not is_prefix(prefix):
+        raise UsageError(f"{prefix[:99]!r}: not usable as a database name, or too long")
 
 
 def is_file_name(part: str) -> bool:
