@@ -219,7 +219,7 @@ class Database(State):
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
         if _is_reserved(kind, start, end):
-            self._lease.rest()
+            self._lease.ask(owner)
         with self._gate:
             before = self.locks.level(owner)
             self._before_grant(owner, before, kind, start, end)
@@ -268,6 +268,7 @@ class Database(State):
             if self.locks.test(owner, kind, start, end) is None:
                 try:
                     self._begin_write(owner)
+                    self._lease.granted(owner)
                 except AccessDenied as error:  # EACCES from a lock is SQLITE_BUSY for SQLite, which would try for ever
                     raise ReadOnly(str(error)) from error
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:

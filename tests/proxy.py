@@ -80,8 +80,11 @@ class Fault:
     """Pass the request on? By default yes, unless the client is to get no answer or one that is made up (below)."""
     twice: bool = False
     """Pass it on a second time, right after the first; the client gets the first answer."""
+    then: Callable[[], object] | None = field(default=None, repr=False)
+    """Called when it was passed on (or not), before the client hears of it, which holds the answer."""
     late_s: float = 0.0
-    """Pass it on only so many seconds *after* the client was answered or cut off (needs `status` or `cut`)."""
+    """Pass it on only so many seconds *after* the client was answered or cut off (needs `status` or `cut`); with
+    `apply` it is passed on twice, at once and then."""
     hang_s: float = 0.0
     """Say nothing for so long, then cut the connection."""
     cut: bool = False
@@ -240,6 +243,8 @@ class _Handler(socketserver.StreamRequestHandler):
             answer = upstream.ask(message)
             if fault.twice:
                 upstream.ask(message)
+        if fault.then:
+            fault.then()
         if fault.late_s:
             proxy.later(fault.late_s, message)
         if fault.hang_s:
