@@ -36,12 +36,16 @@ _NewLease = Callable[[codec.Lease | None], codec.Lease | None]
 LINGER_S = 0.5
 TENURE_S = 2.0
 
+#: How long to pause after such a time without a line, at most: whoever writes all the time wins every race for the
+#: head, so others need a moment to line up; a longer one when commits take long. Half while nobody else was met.
+REST_S = 0.6
+
 #: How long who is next may take to come for it, and how many can be in line.
 COMES_S = 2
 LONGEST_LINE = 16
 
-#: A writer of this process that asked in vain for so long goes before those that came later, unless it has not asked for
-#: GIVES_UP_S. (Most of what it tries fails at SHARED already, where nobody counts: the others are in their commits.)
+#: A writer of this process that asked in vain for so long goes before those that came later, unless it has not asked
+#: for GIVES_UP_S (most of what it tries fails at SHARED already: the others are in their commits).
 PATIENT_S = 1.0
 GIVES_UP_S = 2.0
 
@@ -73,7 +77,7 @@ class Lease:
         self._held = False
         self._burst = False  # a write lock was given up since the lease was taken
         self._session = False  # a commit happened under the write lock that is held: locking_mode=EXCLUSIVE
-        self._taken_s = self._renewed_s = self._idle_s = 0.0
+        self._taken_s = self._renewed_s = self._idle_s = self._began_s = self._rest_until_s = 0.0
         self._foreign = ("", 0.0)  # the nonce of somebody's lease, and when it was first seen
         self._contended_s = self._ask_again_s = -math.inf
         self._passed = ""  # the nonce of the lease that was passed on last
@@ -96,6 +100,12 @@ class Lease:
             self._asking = {**asking, owner: (first_s, now)}
         if any(other_s < first_s and last_s - other_s >= PATIENT_S for other_s, last_s in asking.values()):
             raise Busy(f"{self.heads.prefix}: another connection has waited for longer")
+
+    def rest(self) -> None:
+        """Before a write transaction: let others line up."""
+        left_s = self._rest_until_s - self._runtime.monotonic()
+        if left_s > 0:
+            self._runtime.sleep(left_s)
 
     def granted(self, owner: Hashable) -> None:
         """It has its write lock, and will be the last in line when it asks again."""
@@ -123,10 +133,11 @@ class Lease:
     def kept(self, current: codec.Lease | None) -> codec.Lease | None:
         """What a commit writes in the place of `current`, the lease in the head that it replaces. Passed on in a burst
         of transactions only: a session with one write lock for all of them must keep others out till its end."""
+        self._began_s = self._runtime.monotonic()
         taken_back = self._session and self._lease_s and (current is None or current.nonce == self._passed)
         if self._is_own(current) or taken_back:
             line = (current.owner, *current.waiting) if current else ()  # who has not come for it comes first
-            over = len(line) > 1 and self._runtime.monotonic() - self._taken_s > TENURE_S / (len(line) - 1)
+            over = len(line) > 1 and self._began_s - self._taken_s > TENURE_S / (len(line) - 1)
             if over and self._burst and not self._session:
                 return self._next(current)
             return self._for(self._owner, self._lease_s, line)
@@ -134,7 +145,12 @@ class Lease:
 
     def committed(self, head: Head) -> None:
         """A commit of this process applied; `head` is the newest one."""
-        self._held, self._renewed_s = self._is_own(head.lease), self._runtime.monotonic()
+        now = self._runtime.monotonic()
+        self._held, self._renewed_s = self._is_own(head.lease), now
+        if self._burst and not self._session and now - max(self._taken_s, self._rest_until_s) > TENURE_S:
+            most_s = REST_S + 6 * (now - self._began_s)
+            most_s /= 1 if now - self._contended_s < CONTENDED_S else 2
+            self._rest_until_s = now + self._runtime.uniform(most_s / 2, most_s)
         self._session = self._user is not None
 
     def tick(self) -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from inprocess import connect, elsewhere, key, rows
-from mounting import PATIENCE_S, Mount, Place, mounted, sqlite
+from inprocess import OtherProcess, connect, elsewhere, key, rows
+from mounting import PATIENCE_S, Client, Mount, Place, SqlError, command, mounted, shell, sqlite
 from proxy import Fault, FaultProxy, Request
 from writing import Event, Job, Spans, Worker, at_work, balances, judge, longest_gap, tables
 
@@ -74,25 +77,30 @@ def clock(place: Place, folder: Path, seconds: float) -> OffClock:
 
 
 class Hold:
-    """A rule: the next swaps of a head (of one whose path holds `name`) wait for `release`, either before they are
-    passed on or with their answer, which may then be cut off."""
+    """A rule: the next swap of a head (of one whose path holds `name`, and to that commit or a later one) waits for
+    `release`, either before it is passed on or with its answer, which may then be cut off."""
 
-    def __init__(self, proxy: FaultProxy, name: str = "/", *, applied: bool = False, cut: bool = False) -> None:
+    def __init__(
+        self, proxy: FaultProxy, name: str = "/", seq: int = 0, *, applied: bool = False, cut: bool = False
+    ) -> None:
         self.reached, self._released = threading.Event(), threading.Event()
-        self._name, self._applied, self._cut = name, applied, cut
-        self._before = proxy.rule
-        self._proxy = proxy
-        proxy.rule = self
+        self._once = threading.Lock()
+        self._name, self._seq, self._applied, self._cut = name, seq, applied, cut
+        self._before, proxy.rule = proxy.rule, self
 
     def __call__(self, request: Request) -> Fault | None:
-        if request.method != "PUT" or request.kind != "head" or self._name not in request.path:
+        if not self._is_meant(request) or not self._once.acquire(blocking=False):
             return self._before(request) if self._before else None
-        if self._released.is_set():
-            return None
         if self._applied:
             return Fault(apply=True, then=self._wait, cut=self._cut)
         self._wait()
         return None
+
+    def _is_meant(self, request: Request) -> bool:
+        if request.method != "PUT" or request.kind != "head" or self._name not in request.path:
+            return False
+        seq = re.search(rb'"seq":(\d+)', request.start)
+        return seq is not None and int(seq[1]) >= self._seq
 
     def _wait(self) -> None:
         self.reached.set()
@@ -100,6 +108,108 @@ class Hold:
 
     def release(self) -> None:
         self._released.set()
+
+
+# --- frozen in mid-commit ------------------------------------------------------------------------------------------
+
+#: What becomes of a commit whose machine is frozen when it has sent it: the options of `Hold`; whether what is held
+#: goes on while the machine is still frozen; whether others commit meanwhile; whether the commit must be there.
+FATES: dict[str, tuple[dict[str, bool], bool, bool, bool]] = {
+    "passed_on": ({}, True, True, False),  # to a head that others have replaced
+    "late": ({}, False, True, False),  # only after it woke up and asked what became of it
+    "alone": ({}, False, False, True),  # nobody else wrote: it is sent again, and the late one finds that
+    "answered": ({"applied": True}, True, True, True),
+    "cut": ({"applied": True, "cut": True}, True, True, True),
+}
+
+
+@pytest.mark.parametrize("face", ["mount", "process"])
+def test_a_zombie_that_wakes_in_mid_commit(place: Place, tmp_path: Path, proxy: FaultProxy, face: str) -> None:
+    """It loses with an I/O error, and nothing of its transaction is anywhere; or its commit was applied, and it says
+    so. Then it goes on. All fates at once, a database each."""
+    limits = ("--lease", str(LEASE_S), "--request-deadline", "4")
+    holds: dict[str, Hold] = {}
+    with contextlib.ExitStack() as stack:
+        if face == "mount":
+            mount = stack.enter_context(mounted(place.via(proxy.url), tmp_path, *limits))
+            clients = {fate: Client(mount / f"{fate}.db") for fate in FATES}
+            frozen = [mount.process.pid]
+        else:
+            clients = {fate: OtherProcess(place.via(proxy.url), f"{fate}.db") for fate in FATES}
+            frozen = [client.process.pid for client in clients.values()]
+        for client in clients.values():
+            stack.enter_context(client)
+            # TRUNCATE: else the commits in one directory of a mount follow one another.
+            client("PRAGMA journal_mode=TRUNCATE", "CREATE TABLE t(who, n)", "INSERT INTO t VALUES ('zombie', 0)")
+        for client in clients.values():
+            client("BEGIN IMMEDIATE", "UPDATE t SET n = n + 1 WHERE who = 'zombie'")
+        for fate, client in clients.items():
+            holds[fate] = Hold(proxy, f"/{fate}.db/", seq_of(place, f"{fate}.db") + 1, **FATES[fate][0])
+            stack.callback(holds[fate].release)
+            client.send("COMMIT")
+        for hold in holds.values():
+            assert hold.reached.wait(PATIENCE_S)
+        stack.callback(signal_all, frozen, signal.SIGCONT)
+        signal_all(frozen, signal.SIGSTOP)
+        with ThreadPoolExecutor(len(FATES)) as threads:
+            list(threads.map(lambda fate: add_a_row(place, fate), [fate for fate in FATES if FATES[fate][2]]))
+        for fate, hold in holds.items():
+            if FATES[fate][1]:
+                hold.release()
+        time.sleep(0.2)  # what was released arrives
+        signal_all(frozen, signal.SIGCONT)
+        for fate, client in clients.items():
+            _, _, others, there = FATES[fate]
+            reported = answer_of(client)
+            holds[fate].release()
+            assert (reported == "committed") == there, f"{fate}: {reported}"
+            assert there or ("I/O" in reported or "CommitLost" in reported), f"{fate}: {reported}"
+            expected = [("zombie", int(there)), *[("other", 1)] * others]
+            assert elsewhere(place, "SELECT * FROM t", f"{fate}.db") == expected, fate
+            client("PRAGMA busy_timeout=30000", "UPDATE t SET n = n + 10 WHERE who = 'zombie'")
+            expected[0] = ("zombie", there + 10)
+            assert [tuple(row) for row in client("SELECT * FROM t")] == expected, fate
+            assert elsewhere(place, "SELECT * FROM t", f"{fate}.db") == expected, fate
+
+
+def signal_all(processes: list[int], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def add_a_row(place: Place, fate: str) -> None:
+    other = connect(place, f"{fate}.db", lease_s=LEASE_S)
+    other.execute("INSERT INTO t VALUES ('other', 1)")
+    other.close()
+
+
+def answer_of(client: Client) -> str:
+    try:
+        client.receive()
+    except SqlError as error:
+        return str(error)
+    return "committed"
+
+
+# --- clocks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_hours_off(place: Place, tmp_path: Path, hours: int) -> None:
+    """S3 refuses what was signed more than 15 minutes ago, or in future. Who asks is told what to do about it."""
+    wrong = clock(place, tmp_path, hours * 3600)
+    (tmp_path / "mnt").mkdir()
+    where = ("--endpoint-url", place.url)
+    for line in (("mount", "-f", place.target, str(tmp_path / "mnt")), ("info", f"{place.target}/a.db")):
+        done = command(wrong, *line, *where)
+        assert done.returncode not in (0, 1)
+        assert "RequestTimeTooSkewed: access denied; set the clock of this machine" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    program = f"import s3blockfs; s3blockfs.connect(bucket={place.bucket!r}, name='a.db', endpoint_url={place.url!r})"
+    done = shell(sys.executable, "-c", program, env=wrong.environment)
+    assert done.stderr.splitlines()[-1].startswith("apsw.CantOpenError: ")
+    assert "RequestTimeTooSkewed: access denied; set the clock of this machine" in done.stderr
 
 
 # --- at random -----------------------------------------------------------------------------------------------------
@@ -254,8 +364,8 @@ def in_process(place: Place) -> dict[str, Any]:
     return {"url": place.url, "bucket": place.bucket, "key": key(place, "bank.db"), "lease_s": LEASE_S}
 
 
-def seq_of(place: Place) -> int:
-    return codec.decode(place.get("bank.db/head"), "head").seq
+def seq_of(place: Place, name: str = "bank.db") -> int:
+    return codec.decode(place.get(f"{name}/head"), name).seq
 
 
 def summary(name: str, events: list[Event]) -> str:
