@@ -219,7 +219,6 @@ class Database(State):
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
         if _is_reserved(kind, start, end):
-            self._lease.rest()
             self._lease.ask(owner)
         with self._gate:
             before = self.locks.level(owner)

@@ -92,7 +92,9 @@ class Lease:
         return self._held and fresh and latest is not None and self._is_own(latest.head.lease)
 
     def ask(self, owner: Hashable) -> None:
-        """Before a write lock is looked at. Raises Busy when it is the turn of somebody else here."""
+        """Before a write lock is looked at: a pause in which others line up, when one is due. Raises Busy when it is
+        somebody else's turn here."""
+        self._runtime.sleep(max(self._rest_until_s - self._runtime.monotonic(), 0.0))
         now = self._runtime.monotonic()
         with self._line:
             asking = {other: times for other, times in self._asking.items() if now - times[1] < GIVES_UP_S}
@@ -100,12 +102,6 @@ class Lease:
             self._asking = {**asking, owner: (first_s, now)}
         if any(other_s < first_s and last_s - other_s >= PATIENT_S for other_s, last_s in asking.values()):
             raise Busy(f"{self.heads.prefix}: another connection has waited for longer")
-
-    def rest(self) -> None:
-        """Before a write transaction: let others line up."""
-        left_s = self._rest_until_s - self._runtime.monotonic()
-        if left_s > 0:
-            self._runtime.sleep(left_s)
 
     def granted(self, owner: Hashable) -> None:
         """It has its write lock, and will be the last in line when it asks again."""
@@ -147,8 +143,9 @@ class Lease:
         """A commit of this process applied; `head` is the newest one."""
         now = self._runtime.monotonic()
         self._held, self._renewed_s = self._is_own(head.lease), now
-        if self._burst and not self._session and now - max(self._taken_s, self._rest_until_s) > TENURE_S:
-            most_s = REST_S + 6 * (now - self._began_s)
+        since_s = max(self._taken_s, self._rest_until_s)
+        if self._held and self._burst and not self._session and now - since_s > TENURE_S:
+            most_s = min(REST_S + 6 * (now - self._began_s), TENURE_S)
             most_s /= 1 if now - self._contended_s < CONTENDED_S else 2
             self._rest_until_s = now + self._runtime.uniform(most_s / 2, most_s)
         self._session = self._user is not None
