@@ -210,15 +210,15 @@ def test_a_holder_that_nobody_waits_for_keeps_its_lease_and_pauses_now_and_then(
     first, _ = pair
     first.write(2)
     calls, pauses = len(world.store.calls), []
-    for number in range(3, 51):
+    for number in range(3, 103):
         before = world.runtime.monotonic()
         first.write(number)
         if (paused := world.runtime.monotonic() - before) > 0:
             pauses.append(paused)
-        world.runtime.sleep(TENURE_S / 8)
-    assert sum(call.site == "swap" for call in world.store.calls[calls:]) == 48
+        world.runtime.sleep(POLL_S)
+    assert sum(call.site == "swap" for call in world.store.calls[calls:]) == 100
     assert 3 <= len(pauses) <= 6
-    assert all(REST_S / 4 <= pause <= REST_S / 2 + 0.001 for pause in pauses)
+    assert max(pauses) <= REST_S / 2
 
 
 def test_the_line_is_bounded(world: World, pair: tuple[Writer, Writer]) -> None:

@@ -195,10 +195,9 @@ def answer_of(client: Client) -> str:
 # --- clocks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hours", [-5, 5])
-def test_a_clock_that_is_hours_off(place: Place, tmp_path: Path, hours: int) -> None:
+def test_a_clock_that_is_hours_off(place: Place, tmp_path: Path) -> None:
     """S3 refuses what was signed more than 15 minutes ago, or in future. Who asks is told what to do about it."""
-    wrong = clock(place, tmp_path, hours * 3600)
+    wrong = clock(place, tmp_path, 5 * 3600)
     (tmp_path / "mnt").mkdir()
     where = ("--endpoint-url", place.url)
     for line in (("mount", "-f", place.target, str(tmp_path / "mnt")), ("info", f"{place.target}/a.db")):
