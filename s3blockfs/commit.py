@@ -94,10 +94,9 @@ class Publisher:
             )
             return made
 
-        sent_s = source.runtime.monotonic()  # whoever is stopped before the answer comes must not count from that
-        left_s = max(deadline - sent_s, 0.01)
+        left_s = max(deadline - source.runtime.monotonic(), 0.01)
         version = self._lease.heads.swap(base.version, make, commit=True, deadline_s=left_s)
-        self._lease.committed(version.head, sent_s)
+        self._lease.committed(version.head)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
         if self._rolling is None and (_is_beyond(head.tail, ROLL_BYTES, 1) or _holds_up_a_fold(head)):

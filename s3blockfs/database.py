@@ -208,7 +208,7 @@ class Database(State):
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
         if _is_reserved(kind, start, end):
-            self._lease.rest()
+            self._lease.ask(owner)
         with self._gate:
             before = self.locks.level(owner)
             self._before_grant(owner, before, kind, start, end)
@@ -256,6 +256,7 @@ class Database(State):
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
+                self._lease.granted(owner)
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
             raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
 

@@ -3,7 +3,8 @@ of them a lost commit, no data.
 
 One `Lease` per database and process. Its *user* is who writes now (the database of a mount, or one connection);
 others of this process get Busy without a request. It is taken by a swap at RESERVED, kept by each commit, and given
-back soon after the last write lock, or by the commit itself after a long tenure, so that others get in.
+back soon after the last write lock. Who was refused for a while lines up in the lease itself, and gets it from there,
+in turn: at the latest from the commit that ends the holder's tenure.
 
 No wall clocks: somebody else's lease is taken over only after its nonce was seen unchanged for as long as it says, on a
 clock that counts suspended time. Its holder draws a new nonce with each commit, and meanwhile in long transactions.
@@ -14,7 +15,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 from s3blockfs.config import Config
@@ -27,12 +28,24 @@ from s3blockfs.snapshot import Version
 
 log = logging.getLogger(__name__)
 
+_NewLease = Callable[[codec.Lease | None], codec.Lease | None]
+
 LINGER_S = 0.5  # how long the lease is kept after the last write transaction
-TENURE_S = 2.0  # and how long in a row
-REST_S = 0.3  # to stand back then, at most: who waits leaves no trace in the head, and looks once in POLL_S
+TENURE_S = 2.0  # how long in a row while one other waits for it; with more in line, that time is theirs together
+COMES_S = 2  # how long who is next may take to come for it
+LONGEST_LINE = 16
 CONTENDED_S = 60.0  # for so long after meeting another writer a head is looked at before the lease is taken
 POLL_S = 0.1  # a lease of somebody else is looked at no more often, however often SQLite's busy handler asks
 LONGEST_S = 600  # nobody's lease is respected for longer without a sign of life, whatever it says
+
+#: How long to pause after such a time without a line, at most: whoever writes all the time wins every race for the
+#: head, so others need a moment to line up; a longer one when commits take long. Half while nobody else was met.
+REST_S = 0.6
+
+#: A writer of this process that asked in vain for so long goes before those that came later, unless it has not asked
+#: for GIVES_UP_S (most of what it tries fails at SHARED already: the others are in their commits).
+PATIENT_S = 1.0
+GIVES_UP_S = 2.0
 
 
 class Stale(Busy):
@@ -46,14 +59,17 @@ class Lease:
         self.heads, self._runtime = heads, runtime
         self._lease_s, self._deadline_s = config.lease_s, config.request_deadline_s
         self._owner = f"{writer}:{runtime.token(4).hex()}"
-        self._lock = threading.Lock()
+        self._lock, self._line = threading.Lock(), threading.Lock()
         self._user: Hashable | None = None
         self._held = False
         self._burst = False  # a write lock was given up since the lease was taken
         self._session = False  # a commit happened under the write lock that is held: locking_mode=EXCLUSIVE
-        self._taken_s = self._renewed_s = self._idle_s = 0.0
+        self._taken_s = self._renewed_s = self._idle_s = self._began_s = self._rest_until_s = 0.0
         self._foreign = ("", 0.0)  # the nonce of somebody's lease, and when it was first seen
-        self._contended_s = self._ask_again_s = self._rest_until_s = -math.inf
+        self._contended_s = self._ask_again_s = -math.inf
+        self._passed = ""  # the nonce of the lease that was passed on last
+        self._refused_s = (-math.inf, -math.inf)  # the first and the last time in a row
+        self._asking: dict[Hashable, tuple[float, float]] = {}  # the first and the last time, by owner of a write lock
 
     @property
     def is_held(self) -> bool:
@@ -62,10 +78,22 @@ class Lease:
         fresh = self._runtime.monotonic() - self._renewed_s < self._lease_s
         return self._held and fresh and latest is not None and self._is_own(latest.head.lease)
 
-    def rest(self) -> None:
-        """Before a write transaction: after a long tenure let others in first."""
-        if (left_s := self._rest_until_s - self._runtime.monotonic()) > 0:
-            self._runtime.sleep(left_s)
+    def ask(self, owner: Hashable) -> None:
+        """Before a write lock is looked at: a pause in which others line up, when one is due. Raises Busy when it is
+        somebody else's turn here."""
+        self._runtime.sleep(max(self._rest_until_s - self._runtime.monotonic(), 0.0))
+        now = self._runtime.monotonic()
+        with self._line:
+            asking = {other: times for other, times in self._asking.items() if now - times[1] < GIVES_UP_S}
+            first_s, _ = asking.get(owner, (now, now))
+            self._asking = {**asking, owner: (first_s, now)}
+        if any(other_s < first_s and last_s - other_s >= PATIENT_S for other_s, last_s in asking.values()):
+            raise Busy(f"{self.heads.prefix}: another connection has waited for longer")
+
+    def granted(self, owner: Hashable) -> None:
+        """It has its write lock, and will be the last in line when it asks again."""
+        with self._line:
+            self._asking.pop(owner, None)
 
     def take(self, user: Hashable, base: Version) -> None:
         """A write transaction of `user` starts on the state of `base`, which is the newest one when this returns.
@@ -86,19 +114,29 @@ class Lease:
             self._burst, self._session = True, False
 
     def kept(self, current: codec.Lease | None) -> codec.Lease | None:
-        """What a commit writes in the place of `current`, the lease in the head that it replaces. Given back in a burst
+        """What a commit writes in the place of `current`, the lease in the head that it replaces. Passed on in a burst
         of transactions only: a session with one write lock for all of them must keep others out till its end."""
-        if self._is_own(current) or (current is None and self._session and self._lease_s):
-            over = self._burst and not self._session and self._runtime.monotonic() - self._taken_s > TENURE_S
-            return None if over else self._new()
+        self._began_s = self._runtime.monotonic()
+        taken_back = self._session and self._lease_s and (current is None or current.nonce == self._passed)
+        if self._is_own(current) or taken_back:
+            line = (current.owner, *current.waiting) if current else ()  # who has not come for it comes first
+            over = len(line) > 1 and self._began_s - self._taken_s > TENURE_S / (len(line) - 1)
+            if over and self._burst and not self._session:
+                return self._next(current)
+            return self._for(self._owner, self._lease_s, line)
         return current
 
-    def committed(self, head: Head, sent_s: float) -> None:
-        """A commit of this process, sent then, applied; `head` is the newest one."""
-        was_held, self._held, self._renewed_s = self._held, self._is_own(head.lease), sent_s
+    def committed(self, head: Head) -> None:
+        """A commit of this process applied; `head` is the newest one."""
+        now = self._runtime.monotonic()
+        # It counts from when it was sent: a process that was stopped before the answer came has lost it by now.
+        self._held, self._renewed_s = self._is_own(head.lease), self._began_s
+        since_s = max(self._taken_s, self._rest_until_s)
+        if self._held and self._burst and not self._session and now - since_s > TENURE_S:
+            most_s = min(REST_S + 6 * (now - self._began_s), TENURE_S)
+            most_s /= 1 if now - self._contended_s < CONTENDED_S else 2
+            self._rest_until_s = now + self._runtime.uniform(most_s / 2, most_s)
         self._session = self._user is not None
-        if was_held and not self._held:
-            self._rest_until_s = self._runtime.monotonic() + self._runtime.uniform(REST_S / 2, REST_S)
 
     def tick(self) -> None:
         """Called every now and then: give the lease back, or renew it, on an I/O thread."""
@@ -115,16 +153,31 @@ class Lease:
         now = self._runtime.monotonic()
         if now < self._ask_again_s:
             raise Busy(f"{self.heads.prefix}: somebody else is writing")
-
-        def check(newest: Head) -> None:
-            self._require_same_state(newest, base)
-            self._require_free(newest.lease)
-
         if self._lease_s == 0 or now - self._contended_s < CONTENDED_S:  # contended: a blind swap would often fail
-            check(self.heads.read_if_changed(base).head)
+            version = self.heads.read_if_changed(base)
+            newest = version.head
+            try:
+                self._require_free(newest)
+            except Busy:
+                self._line_up(version)
+                raise
         if self._lease_s:
-            self._swap(base, check, self._new)
-            self._held, self._burst, self._taken_s = True, False, self._renewed_s
+            newest = self._swap(base, self._require_free, self._new)
+            self._held, self._burst, self._taken_s, self._idle_s = True, False, self._renewed_s, self._renewed_s
+        # Only now: who is told Stale comes again at once, on the newest state, and finds the lease in its hand.
+        self._require_same_state(newest, base)
+
+    def _line_up(self, version: Version) -> None:
+        """The lease in `version` was not to be had. Who comes again and again is to be the next."""
+
+        def check(head: Head) -> None:
+            if head is not version.head:  # one try: whoever commits all the time wins every race
+                raise Busy(f"{self.heads.prefix}: somebody else is writing")
+
+        line = version.head.lease.waiting if version.head.lease else ()
+        first_s, last_s = self._refused_s
+        if last_s - first_s >= LINGER_S and self._owner not in line and len(line) < LONGEST_LINE:
+            self._swap(version, check, lambda lease: lease and lease._replace(waiting=(*line, self._owner)))
 
     def _give_back_or_renew(self) -> None:
         with self._lock:
@@ -133,24 +186,37 @@ class Lease:
             if not self._held or latest is None:
                 return
             try:
-                self._swap(latest, self._require_own, self._new if using else lambda: None)
+                self._swap(latest, self._require_own, self._new if using else self._next)
             except S3BlockFSError as error:  # politeness only: others take it over after a while
                 log.info("%s: the lease was not %s: %s", self.heads.prefix, "renewed" if using else "given back", error)
             self._held &= using
 
-    def _swap(self, base: Version, check: Callable[[Head], None], new: Callable[[], codec.Lease | None]) -> None:
-        """Another lease, and nothing else changed."""
+    def _swap(self, base: Version, check: Callable[[Head], None], new: _NewLease) -> Head:
+        """Another lease, and nothing else changed. Returns the head with it."""
 
         def make(replaced: Head) -> Head:
             check(replaced)
-            return replace(replaced, lease=new())
+            return replace(replaced, lease=new(replaced.lease))
 
         now = self._runtime.monotonic()
-        self.heads.swap(base, make, deadline_s=self._deadline_s)
+        head = self.heads.swap(base, make, deadline_s=self._deadline_s).head
         self._renewed_s = now
+        return head
 
-    def _new(self) -> codec.Lease:
-        return codec.Lease(self._owner, self._runtime.token(8).hex(), math.ceil(self._lease_s))
+    def _new(self, replaced: codec.Lease | None) -> codec.Lease:
+        return self._for(self._owner, self._lease_s, replaced.waiting if replaced else ())
+
+    def _next(self, replaced: codec.Lease | None) -> codec.Lease | None:
+        """For whoever has waited longest; None when nobody does."""
+        if replaced is None or not replaced.waiting:
+            return None
+        lease = self._for(replaced.waiting[0], COMES_S, replaced.waiting)
+        self._passed = lease.nonce
+        return lease
+
+    def _for(self, owner: str, seconds: float, waiting: Iterable[str]) -> codec.Lease:
+        line = tuple(other for other in waiting if other != owner)
+        return codec.Lease(owner, self._runtime.token(8).hex(), math.ceil(seconds), line)
 
     def _is_own(self, lease: codec.Lease | None) -> bool:
         return lease is not None and lease.owner == self._owner
@@ -164,7 +230,8 @@ class Lease:
             self._contended_s = self._runtime.monotonic()
             raise Stale(f"{self.heads.prefix}: changed elsewhere; read again")
 
-    def _require_free(self, lease: codec.Lease | None) -> None:
+    def _require_free(self, head: Head) -> None:
+        lease = head.lease
         if lease is None or self._is_own(lease):
             return
         self._contended_s = now = self._runtime.monotonic()
@@ -172,6 +239,8 @@ class Lease:
             self._foreign = (lease.nonce, now)
         if now - self._foreign[1] < min(lease.seconds, LONGEST_S):
             self._ask_again_s = now + POLL_S
+            first_s, last_s = self._refused_s
+            self._refused_s = first_s if now - last_s < COMES_S else now, now
             raise Busy(f"{self.heads.prefix}: {lease.owner} is writing")
 
     def _require_own(self, head: Head) -> None:

@@ -34,6 +34,11 @@ from urllib.parse import urlsplit
 
 DRIP_PIECES_PER_S = 20
 
+START_BYTES = 256
+
+#: Fields of a request that the log leaves out.
+UNLOGGED = ("headers", "start", "done")
+
 
 @dataclass
 class Request:
@@ -44,6 +49,8 @@ class Request:
     headers: dict[str, str] = field(repr=False)
     sent: int
     """Bytes from the client, head and body; `received` is the same for what the client was sent."""
+    start: bytes = field(default=b"", repr=False)
+    """The first bytes of its body."""
     status: int = 0
     """What the client was answered; 0: nothing."""
     received: int = 0
@@ -80,8 +87,11 @@ class Fault:
     """Pass the request on? By default yes, unless the client is to get no answer or one that is made up (below)."""
     twice: bool = False
     """Pass it on a second time, right after the first; the client gets the first answer."""
+    then: Callable[[], object] | None = field(default=None, repr=False)
+    """Called when it was passed on (or not), before the client hears of it, which holds the answer."""
     late_s: float = 0.0
-    """Pass it on only so many seconds *after* the client was answered or cut off (needs `status` or `cut`)."""
+    """Pass it on only so many seconds *after* the client was answered or cut off (needs `status` or `cut`); with
+    `apply` it is passed on twice, at once and then."""
     hang_s: float = 0.0
     """Say nothing for so long, then cut the connection."""
     cut: bool = False
@@ -211,7 +221,7 @@ class _Handler(socketserver.StreamRequestHandler):
             while message := _receive(self.rfile, on_expect=self._continue):
                 method, path, _ = message.start
                 size = len(message.head) + len(message.body)
-                request = Request(method, path, _headers(message.head), size)
+                request = Request(method, path, _headers(message.head), size, message.body[:START_BYTES])
                 proxy.began(request)
                 try:
                     self._serve(request, message, upstream)
@@ -240,6 +250,8 @@ class _Handler(socketserver.StreamRequestHandler):
             answer = upstream.ask(message)
             if fault.twice:
                 upstream.ask(message)
+        if fault.then:
+            fault.then()
         if fault.late_s:
             proxy.later(fault.late_s, message)
         if fault.hang_s:
@@ -368,7 +380,7 @@ class FaultProxy:
     def ended(self, request: Request) -> None:
         request.done = True
         if self._log:
-            record = {k: v for k, v in asdict(request).items() if k not in ("headers", "done")} | {"kind": request.kind}
+            record = {k: v for k, v in asdict(request).items() if k not in UNLOGGED} | {"kind": request.kind}
             with self._lock:
                 print(json.dumps(record), file=self._log, flush=True)
 

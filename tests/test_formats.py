@@ -230,7 +230,7 @@ heads = st.builds(
     deleted=st.booleans(),
     name=st.none() | st.text(),
     counter=st.none() | u32,
-    lease=st.none() | st.builds(Lease, st.text(), st.text(), u63),
+    lease=st.none() | st.builds(Lease, st.text(), st.text(), u63, st.lists(st.text()).map(tuple)),
     segments=st.lists(st.builds(Segment, refs, u63, u63, u63, u63, u32, u32), max_size=3).map(tuple),
     snapshots=st.lists(st.builds(NamedSnapshot, st.text(), st.text()), max_size=3).map(tuple),
     leaves=st.lists(st.builds(LeafRef, u63, u32, u63, eight, u32), max_size=4, unique_by=lambda leaf: leaf.first).map(

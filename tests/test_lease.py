@@ -10,7 +10,19 @@ from engine import InlineRuntime, Process, World
 from scenes import PAGE, state
 
 from s3blockfs.errors import Busy, StoreUnavailable
-from s3blockfs.lease import CONTENDED_S, LINGER_S, POLL_S, REST_S, TENURE_S, Stale
+from s3blockfs.format import head as codec
+from s3blockfs.lease import (
+    COMES_S,
+    CONTENDED_S,
+    GIVES_UP_S,
+    LINGER_S,
+    LONGEST_LINE,
+    PATIENT_S,
+    POLL_S,
+    REST_S,
+    TENURE_S,
+    Stale,
+)
 from s3blockfs.locks import Level
 
 LEASE_S = 10.0
@@ -124,63 +136,169 @@ def test_a_long_transaction_renews_its_lease(world: World, pair: tuple[Writer, W
     first.commit(2)
 
 
-def test_after_a_long_tenure_others_get_in(world: World, pair: tuple[Writer, Writer]) -> None:
+def refused(writer: Writer, seconds: float) -> None:
+    """As with `busy_timeout`: ask again and again, in vain."""
+    for _ in range(round(seconds / POLL_S) + 2):
+        with pytest.raises(Busy):
+            writer.begin()
+        writer.world.runtime.sleep(POLL_S)
+
+
+def line(world: World) -> tuple[str, ...]:
+    lease = lease_in_head(world)
+    assert isinstance(lease, codec.Lease)
+    return lease.waiting
+
+
+def owner_of(world: World) -> str:
+    lease = lease_in_head(world)
+    assert isinstance(lease, codec.Lease)
+    return lease.owner
+
+
+def test_after_a_long_tenure_others_get_in_and_in_turn(world: World, pair: tuple[Writer, Writer]) -> None:
+    """Who is refused for a while lines up in the head; the holder, which never pauses, passes the lease on."""
     first, second = pair
-    first.begin()
-    with pytest.raises(Busy):
-        second.begin()
-    first.commit(2)
-    world.runtime.sleep(POLL_S)
-    with pytest.raises(Busy):
-        second.begin()
-    # No wait: the tenure has lasted long enough by the clock of the holder, which writes on and on.
-    clock = 0.0
-    number = 3
-    while lease_in_head(world) is not None and clock < TENURE_S * 2:
-        first.write(number)
-        number, clock = number + 1, clock + 0.25
-        world.runtime.sleep(0.25)
-    assert clock <= TENURE_S + 0.5
-    world.runtime.sleep(POLL_S)
-    second.begin()  # while the first one rests
-    second.commit(90)
-    before = world.runtime.monotonic()
-    with pytest.raises(Busy):
-        first.begin()
-    assert world.runtime.monotonic() - before <= REST_S
-
-
-def test_a_holder_rests_though_it_never_met_anybody(world: World, pair: tuple[Writer, Writer]) -> None:
-    """Who waits leaves no trace in the head, so the holder cannot know of them."""
-    first, _ = pair
+    third = Writer(world, 3)
     first.write(2)
+    refused(second, LINGER_S)
+    refused(third, LINGER_S)
+    assert len(line(world)) == 2
     number = 3
-    while lease_in_head(world) is not None:
-        world.runtime.sleep(LINGER_S - 0.1)
+    before = world.runtime.monotonic()
+    while (lease := lease_in_head(world)) is not None and len(lease.waiting) == 2:
         first.write(number)
         number += 1
-    before = world.runtime.monotonic()
-    first.write(number)
-    assert REST_S / 2 <= world.runtime.monotonic() - before <= REST_S
+        world.runtime.sleep(POLL_S)
+    assert world.runtime.monotonic() - before <= TENURE_S / 2
+    for writer in (first, third):
+        with pytest.raises(Busy):  # it is not their turn
+            writer.begin()
+    world.runtime.sleep(POLL_S)
+    second.write(90)
+    world.runtime.sleep(LINGER_S)
+    second.machine.tick()
+    with pytest.raises(Busy):
+        first.begin()
+    world.runtime.sleep(POLL_S)
+    third.write(91)
+    world.runtime.sleep(LINGER_S)
+    third.machine.tick()
+    world.runtime.sleep(POLL_S)
+    first.write(92)
+    assert line(world) == ()
+
+
+def test_who_is_next_and_does_not_come_is_passed_over(world: World, pair: tuple[Writer, Writer]) -> None:
+    first, second = pair
+    first.write(2)
+    refused(second, LINGER_S)
+    world.runtime.sleep(LINGER_S)
+    first.machine.tick()
+    with pytest.raises(Busy):
+        first.begin()
+    world.runtime.sleep(COMES_S)
+    first.write(3)
+    second.process.shared()
+    assert second.database.read(30, 50) == state(3)[30:80]
+
+
+def test_a_holder_that_nobody_waits_for_keeps_its_lease_and_pauses_now_and_then(
+    world: World, pair: tuple[Writer, Writer]
+) -> None:
+    """Whoever commits all the time wins every race for the head, so who would line up needs that moment."""
+    first, _ = pair
+    first.write(2)
+    calls, pauses = len(world.store.calls), []
+    for number in range(3, 103):
+        before = world.runtime.monotonic()
+        first.write(number)
+        if (paused := world.runtime.monotonic() - before) > 0:
+            pauses.append(paused)
+        world.runtime.sleep(POLL_S)
+    assert sum(call.site == "swap" for call in world.store.calls[calls:]) == 100
+    assert 3 <= len(pauses) <= 6
+    assert max(pauses) <= REST_S / 2
+
+
+def test_the_line_is_bounded(world: World, pair: tuple[Writer, Writer]) -> None:
+    first, second = pair
+    first.begin()
+    heads = world.heads(faulty=False)
+    version = heads.read()
+    assert version is not None
+    strangers = tuple(map(str, range(LONGEST_LINE)))
+    heads.swap(version, lambda head: replace(head, lease=head.lease._replace(waiting=strangers)))
+    refused(second, LINGER_S * 2)
+    assert line(world) == strangers
+    first.commit(2)
+
+
+def take_turn(writer: Writer, number: int, other: Process) -> bool:
+    """A transaction, in the middle of which another process of the machine asks in vain. False if it may not begin."""
+    writer.process.shared()
+    try:
+        writer.process.reserved()
+    except Busy:
+        writer.process.unlock()
+        return False
+    other.shared()
+    with pytest.raises(Busy):
+        other.reserved()
+    other.unlock()
+    writer.process.write_journal()
+    writer.process.exclusive()
+    writer.commit(number)
+    return True
+
+
+def test_who_has_waited_for_longer_on_this_machine_goes_first(world: World, pair: tuple[Writer, Writer]) -> None:
+    """Two processes on one mount. The one that has just written does not get its next turn before the other."""
+    first, _ = pair
+    other = Process(first.machine, first.database, 8)
+    first.write(2)
+    turns = 0
+    while take_turn(first, 3 + turns, other):
+        turns += 1
+        world.runtime.sleep(POLL_S)
+        assert turns < 2 * PATIENT_S / POLL_S
+    assert turns >= PATIENT_S / POLL_S
+    other.begin()
+    first.database.write(0, state(90))
+    other.commit()
+    first.write(91)
+
+
+def test_who_does_not_ask_any_more_holds_up_nobody(world: World, pair: tuple[Writer, Writer]) -> None:
+    first, _ = pair
+    other = Process(first.machine, first.database, 8)
+    turns = 0
+    while take_turn(first, 2 + turns, other):
+        turns += 1
+        world.runtime.sleep(POLL_S)
+    world.runtime.sleep(GIVES_UP_S)
+    first.write(90)
 
 
 @pytest.mark.parametrize("after_a_burst", [False, True])
 def test_an_exclusive_session_keeps_its_lease(world: World, pair: tuple[Writer, Writer], after_a_burst: bool) -> None:
     """locking_mode=EXCLUSIVE: one write lock, many commits, so others are kept out for as long as it takes."""
     first, second = pair
-    number = 2
-    while after_a_burst and number < 7:
-        first.write(number)
-        number += 1
-        world.runtime.sleep(TENURE_S / 5)
+    first.write(2)
+    if after_a_burst:
+        refused(second, LINGER_S)
+        for number in range(3, 13):
+            first.write(number)
+            world.runtime.sleep(POLL_S)
+    owner = owner_of(world)
     first.begin()
-    world.runtime.sleep(0.1)  # so this is just after a tenure
+    world.runtime.sleep(TENURE_S)
     for turn in range(12):
-        first.database.write(0, state(number + turn))
+        first.database.write(0, state(20 + turn))
         first.process.finalise()
         first.process.write_journal()
         # The tail of a burst looks like one more transaction of it; the next commit takes the lease back.
-        assert (lease_in_head(world) is None) == (after_a_burst and turn == 0)
+        assert (owner_of(world) != owner) == (after_a_burst and turn == 0)
         if turn > 0:
             with pytest.raises(Busy):
                 second.begin()
@@ -299,9 +417,7 @@ def test_a_hostile_lease_cannot_lock_others_out_for_ever(world: World, pair: tup
     heads = world.heads(faulty=False)
     version = heads.read()
     assert version is not None
-    from s3blockfs.format.head import Lease
-
-    heads.swap(version, lambda head: replace(head, lease=Lease("evil", "x", 1 << 62)))
+    heads.swap(version, lambda head: replace(head, lease=codec.Lease("evil", "x", 1 << 62)))
     with pytest.raises(Busy):
         first.begin()
     world.runtime.sleep(601)

@@ -185,12 +185,40 @@ def test_cut(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnecti
     assert proxy.requests[0].status == 0
 
 
-def test_hang(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
-    proxy.rule = lambda request: Fault(hang_s=60)
-    client.timeout = 0.2
+@pytest.mark.parametrize("apply", [False, True])
+def test_hang(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection, apply: bool) -> None:
+    proxy.rule = lambda request: Fault(hang_s=60, apply=apply)
+    client.timeout = 0.5
     with pytest.raises(TimeoutError):
+        ask(client, "PUT", "/b/k", b"x")
+    if apply:
+        wait_until(lambda: origin.objects == {"/b/k": b"x"})
+    else:
+        assert origin.log == []
+
+
+def test_hang_ends_in_a_cut(proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
+    proxy.rule = lambda request: Fault(hang_s=0.2)
+    with pytest.raises(http.client.RemoteDisconnected):
         ask(client, "GET", "/b/k")
-    assert origin.log == []
+
+
+def test_then_holds_the_answer_of_what_was_applied(
+    origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection
+) -> None:
+    applied, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        applied.set()
+        assert release.wait(10)
+
+    proxy.rule = lambda request: Fault(then=hold)
+    client.request("PUT", "/b/k", b"x")
+    assert applied.wait(10)
+    assert origin.objects == {"/b/k": b"x"}
+    assert proxy.requests[0].status == 0
+    release.set()
+    assert client.getresponse().status == 200
 
 
 def test_delay(proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
@@ -213,6 +241,22 @@ def test_late(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnect
         ask(client, "PUT", "/b/k", b"x")
     assert origin.objects == {}
     wait_until(lambda: origin.objects == {"/b/k": b"x"})
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_duplicate_that_comes_late(
+    origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection, cut: bool
+) -> None:
+    """After the answer, or the cut, and after what the client did next."""
+    proxy.rule = lambda request: Fault(apply=True, cut=cut, late_s=0.5)
+    if cut:
+        with pytest.raises(http.client.RemoteDisconnected):
+            ask(client, "PUT", "/b/k", b"old")
+    else:
+        assert ask(client, "PUT", "/b/k", b"old")[0] == 200
+    origin.objects["/b/k"] = b"new"
+    wait_until(lambda: origin.objects == {"/b/k": b"old"})
+    assert origin.log == ["PUT", "PUT"]
 
 
 def test_late_requests_are_dropped_at_the_end(origin: Origin) -> None:

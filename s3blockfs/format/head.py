@@ -51,6 +51,8 @@ class Lease(NamedTuple):
     owner: str
     nonce: str
     seconds: int
+    waiting: tuple[str, ...] = ()
+    """Who is to have it next, in this order."""
 
 
 class NamedSnapshot(NamedTuple):
@@ -104,6 +106,11 @@ def _rows(make: Callable[..., Any], columns: Sequence[_Decode], value: Any) -> t
     return tuple(_row(make, columns, row) for row in _exact(list, value))
 
 
+def _lease(value: Any) -> Lease:
+    owner, nonce, seconds, *waiting = _exact(list, value)
+    return Lease(_text(owner), _text(nonce), _count(seconds), tuple(map(_text, waiting)))
+
+
 _ref = partial(ObjectRef.decode, name="a segment")
 _count = partial(_number, (1 << 63) - 1)
 _Count = Annotated[int, _count]
@@ -133,7 +140,7 @@ class Head:
     """The exact file name, when it was created through a mount; None lets `acme` be shown as `acme.sqlite`."""
     counter: Annotated[int | None, partial(_optional, partial(_number, 0xFFFFFFFF))] = None
     """SQLite's change counter (bytes 24..27) in this state; None when the file is not a SQLite database."""
-    lease: Annotated[Lease | None, partial(_optional, partial(_row, Lease, (_text, _text, _count)))] = None
+    lease: Annotated[Lease | None, partial(_optional, _lease)] = None
     segments: Annotated[tuple[Segment, ...], partial(_rows, Segment, (_ref, *[_count] * 6))] = ()
     snapshots: Annotated[tuple[NamedSnapshot, ...], partial(_rows, NamedSnapshot, (_text, _text))] = ()
     leaves: Annotated[tuple[LeafRef, ...], partial(_rows, LeafRef, (*[_count] * 3, partial(_hex, 8), _count))] = ()
@@ -151,6 +158,7 @@ def encode(head: Head) -> bytes:
     """Raises NotSupported when it would be too large to be read again."""
     inline = extents.encode(head.extents)
     fields = {_IN_JSON.get(name, name): getattr(head, name) for name in _FIELDS}
+    fields["lease"] = head.lease and (*head.lease[:3], *head.lease.waiting)
     fields["segments"] = [(segment.ref.encode(), *segment[1:]) for segment in head.segments]
     fields = {"format": FORMAT, **fields, "map_bytes": len(inline), "tail_bytes": len(head.tail.encoded)}
     line = json.dumps(fields, ensure_ascii=True, separators=(",", ":"), default=bytes.hex).encode("ascii") + b"\n"

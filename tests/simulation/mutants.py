@@ -86,7 +86,7 @@ MUTANTS = {
         "head", "return seen.id == mine.id or (seen.id", "return seen.id == mine.id or (False and seen.id"
     ),
     "a lease counts from the answer": Mutant(
-        "lease", "self._is_own(head.lease), sent_s", "self._is_own(head.lease), self._runtime.monotonic()"
+        "lease", "self._is_own(head.lease), self._began_s", "self._is_own(head.lease), now"
     ),
 }
 
