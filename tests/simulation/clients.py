@@ -169,10 +169,12 @@ class Client:
         intent = Intent(kind, self.node.name, self.path, lambda found: masked(found) == wanted, before, leased=True)
         try:
             with self.oracle.intending(intent):
+                if not journal:
+                    database.sync(self.pid)
+                elif not self.in_process and rng.random() < 0.8:  # else synchronous=OFF
+                    database.sync(self.pid, commits=lambda name: True)
                 if journal:
                     process.finalise()
-                else:
-                    database.sync(self.pid)
         except TOLD:
             if rng.random() < 0.7:  # else it just lets go
                 process.play_back()

@@ -26,9 +26,7 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "no floor check on uploads": Mutant("commit", "if any(ref.rev <= replaced.floor for ref in refs):", "if False:"),
     "no archives": Mutant("head", "(archives or _drops(current.head, head))", "False"),
-    "no nonce in the head": Mutant(
-        "head", "nonce=self._nonce())\n                doubt", "nonce=bytes(8))\n                doubt"
-    ),
+    "no nonce in the head": Mutant("head", "nonce=self._nonce(), archived=last", "nonce=bytes(8), archived=last"),
     "seq as identity": Mutant(
         "head", "(seen.id, seen.commit) != (base.head.id, base.head.commit)", "seen.seq != base.head.seq"
     ),
