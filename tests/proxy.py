@@ -82,6 +82,8 @@ class Fault:
     """Pass it on a second time, right after the first; the client gets the first answer."""
     late_s: float = 0.0
     """Pass it on only so many seconds *after* the client was answered or cut off (needs `status` or `cut`)."""
+    then: Callable[[], object] | None = None
+    """Called now: it was passed on (or not), and the client has heard nothing yet."""
     hang_s: float = 0.0
     """Say nothing for so long, then cut the connection."""
     cut: bool = False
@@ -242,6 +244,8 @@ class _Handler(socketserver.StreamRequestHandler):
                 upstream.ask(message)
         if fault.late_s:
             proxy.later(fault.late_s, message)
+        if fault.then:
+            fault.then()
         if fault.hang_s:
             self._hang(fault.hang_s)
         if fault.cut or fault.hang_s:

@@ -1,0 +1,113 @@
+"""What forked processes do: a daemon, a client or command at work, and who looks at what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import traceback
+from pathlib import Path
+from typing import Any
+
+import apsw
+import boto3
+import botocore.session
+import sqlite_s3vfs
+from botocore.loaders import create_loader
+from killing.folders import Files, Folder, InProcess, State
+from killing.forks import Reporter
+from killing.steps import COMMAND, MOUNT, STEPS, Step
+
+from s3blockfs import check, fuse_ops, housekeeping  # so that no process has to import them
+from s3blockfs.cli import main, options
+from s3blockfs.runtime import Runtime
+from s3blockfs.s3store import S3Store
+
+#: Long enough for a burst, short enough to be waited for after each kill.
+LEASE_S = 0.3
+IN_PROCESS = {"lease_s": LEASE_S, "refresh_s": 0.0}
+
+
+def prepare() -> None:
+    """Of the fork server: a client of the SDK takes 0.15 s to make, most of it for parsing files that stay as they are."""
+    loader = create_loader()
+    botocore.session.create_loader = lambda path=None: loader
+    S3Store("warm-up", runtime=Runtime(), endpoint_url="http://127.0.0.1:1", access_key="a", secret_key="b").close()
+    # What garbage is collected may be a moment old: S3 tells times in whole seconds.
+    options.CONFIG["retain_s"].type.func = lambda text: -10.0 if text == "0" else options.retention(text)
+
+
+def mount(_: Reporter, *arguments: str) -> int:
+    return main.main(["mount", "-f", *arguments])
+
+
+def folder(face: str, where: dict[str, Any], state: State, *arguments: Any) -> Folder:
+    if face == MOUNT:
+        return Files(Path(where["directory"]), state, *arguments)
+    return InProcess(where["url"], where["bucket"], where["prefix"], IN_PROCESS, state, *arguments)
+
+
+def step_named(name: str) -> Step:
+    return next(step for step in STEPS if step.name == name)
+
+
+def work(reporter: Reporter, face: str, where: dict[str, Any], state: list[Any], name: str, source: str) -> int:
+    """Run a script. Reports "done" after each acknowledged part, then "end", or the error that ended it."""
+    place = folder(face, where, State(*state), source, lambda: reporter.say("done"))
+    place.pause = reporter.dismissed
+    try:
+        step_named(name).script(place)
+    except Exception as error:  # noqa: BLE001  whatever it was, it is reported, and looked at by who ordered this
+        traceback.print_exc()
+        reporter.say(f"{type(error).__name__}: {error}")
+        return 1
+    reporter.say("end")
+    return 0
+
+
+def make(_: Reporter, face: str, where: dict[str, Any], state: list[Any], name: str) -> int:
+    """Bring about what a script starts from; nothing is folded or collected behind its back."""
+    housekeeping.Housekeeper.tick = lambda self: None  # type: ignore[method-assign]
+    step, kind = step_named(name), State(*state)
+    place = folder(face, where, kind)
+    if step.legacy:
+        bucket = boto3.resource("s3", endpoint_url=where["url"]).Bucket(where["bucket"])
+        place.vfs = sqlite_s3vfs.S3VFS(bucket=bucket, block_size=kind.block_size)
+        place.connect = lambda name, create: apsw.Connection(place.path(name), vfs=place.vfs.name)
+    step.prepare(place)
+    return 0
+
+
+def look(reporter: Reporter, face: str, where: dict[str, Any], state: list[Any], names: list[str], writes: bool) -> int:
+    """Report what each database holds, and what is there besides; with `writes` whether all of them can be written."""
+    place = folder(face, where, State(*state))
+    found = {name: place.content(name) for name in names}
+    reporter.say(found)
+    if isinstance(place, Files):
+        reporter.say(sorted(path.name for path in place.directory.iterdir()))
+    else:
+        reporter.say(sorted(name for name, _ in place.vfs.catalog.listing(place.prefix)))
+    for name in [name for name in names if writes and found[name] is not None]:
+        with place.open(name) as run:
+            run("CREATE TABLE later(x)")
+            run("INSERT INTO later VALUES (1)")
+    return 0
+
+
+def verify(
+    reporter: Reporter, _: str, where: dict[str, Any], state: list[Any], names: list[str], collects: bool
+) -> int:
+    """`s3blockfs check`; with `collects` again after everything that can be garbage was collected."""
+    place = folder(COMMAND, where, State(*state))
+    commands = [("check", *names), ("gc", ".", "--retain", "0"), ("check", *names)]
+    for words in commands if collects else commands[:1]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                place.command(*words)
+            except RuntimeError as error:
+                reporter.say(f"{error}: {said.getvalue()}")
+                return 1
+    return 0
+
+
+assert check and fuse_ops
