@@ -103,7 +103,7 @@ class ForkServer:
     """A context manager. Not for several threads at once; each may have its own."""
 
     def __init__(self, *modules: str) -> None:
-        """`modules` are imported before the first fork; one with a `prepare` function has that called, too."""
+        """`modules` are imported before the first fork, and the `prepare` of each is called."""
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line = [sys.executable, __file__, *modules]
         path = os.pathsep.join(map(str, sys.path))
@@ -181,7 +181,7 @@ def _run(order: Mapping[str, Any], channel: socket.socket) -> int:
 
 def main() -> int:
     for name in sys.argv[1:]:
-        getattr(import_module(name), "prepare", lambda: None)()
+        import_module(name).prepare()
     gc.freeze()  # what is never collected stays shared between the processes
     return serve(socket.socket(fileno=os.dup(0)))
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mounting import Place
+
 from killing.folders import State
 from killing.forks import Hung
 from killing.steps import FACES, MOUNT, STEPS, Step
 from killing.sweep import CLIENT_WAYS, STATES, WAYS, Failure, Point, Sweep
-from mounting import Place
 
 #: One in so many points is also looked at by `s3blockfs check`, before and after garbage was collected.
 THOROUGH = 4

@@ -1,7 +1,7 @@
 """A process dies at the k-th request to S3 of what it does, for every k; what S3 then holds is looked at afresh.
 
-Real: SeaweedFS, the command line, the FUSE mount, SQLite, SIGKILL. In between is a proxy that counts the requests of one
-script (steps.py) and kills when the k-th arrives. Ways:
+Real: SeaweedFS, the command line, the FUSE mount, SQLite, SIGKILL. In between is a proxy that counts the requests of
+one script (steps.py) and kills when the k-th arrives. Ways:
 
     before          the daemon (or who is in process, or the command) is killed, and the request is not passed on
     after           it is passed on and answered, then the process is killed; the answer is not delivered
@@ -32,12 +32,13 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from killing.children import LEASE_S
+from mounting import Place, is_mounted, shell
+from proxy import Fault, FaultProxy, Request
+
+from killing.children import LEASE_S, MUTANT
 from killing.folders import Files, State
 from killing.forks import PATIENCE_S, ForkServer, Hung, Process
 from killing.steps import COMMAND, MOUNT, Step, fill, nothing
-from mounting import Place, is_mounted, shell
-from proxy import Fault, FaultProxy, Request
 
 WAYS = "before", "after", "dropped", "dropped-killed"
 CLIENT_WAYS = "client-before", "client-after"
@@ -115,7 +116,7 @@ class Trigger:
             self.count += 1
             self.kinds.add(request.kind)
             at = self.count - self.k
-            self.fired |= at == 0 and self.way != "dropped-killed" or at == 1
+            self.fired |= at == (1 if self.way == "dropped-killed" else 0)
         if at == 0:
             return self._at_k()
         if at == 1 and self.way == "dropped-killed":
@@ -141,15 +142,18 @@ class Trigger:
         self.victim.result(PATIENCE_S).kill()
 
     def _signal(self) -> None:
-        """Not waited for: the kernel lets a client die when the daemon has answered it."""
-        self.victim.result(PATIENCE_S).signal()
+        """Not waited for: the kernel lets a client die when the daemon has answered it. It may have ended before."""
+        victim = self.victim.result(PATIENCE_S)
+        self.fired = not victim.ends(0)
+        victim.signal()
 
 
 class Sweep:
     """Runs points, one at a time; others may run beside it, and share with it what a script starts from."""
 
-    def __init__(self, place: Place, directory: Path, beside: Sweep | None = None) -> None:
-        self._place, self._directory = place, directory
+    def __init__(self, place: Place, directory: Path, beside: Sweep | None = None, mutant: str = "") -> None:
+        """`mutant`: one of mutants.py, by which whatever runs a script is broken."""
+        self._place, self._directory, self._mutant = place, directory, mutant
         self._stack = contextlib.ExitStack()
         self._stored: dict[tuple[str, State], dict[str, bytes]] = beside._stored if beside else {}
         self._references: dict[tuple[str, State], Reference] = beside._references if beside else {}
@@ -233,7 +237,7 @@ class Sweep:
             raise Failure(f"listed are {listed}, but there are {there}")
         if code != 0:
             raise Failure(f"cannot be written any more: exit code {code}")
-        if thorough:
+        if thorough and there:
             with self._started("verify", point, place, folder, "after", there, True) as checker:
                 code, said = checker.wait(), checker.said()
             if code != 0:
@@ -259,7 +263,7 @@ class Sweep:
         process = self._forks.start(
             f"killing.children:{what}",
             *(point.face, where, astuple(point.state), *arguments),
-            environment=place.environment | {"TMPDIR": str(folder)},
+            environment=self._environment(place, folder),
             log=folder / f"{what}.log",
         )
         try:
@@ -278,7 +282,7 @@ class Sweep:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.bind("")  # an abstract address of the kernel's choice
             notify = "@" + channel.getsockname()[1:].decode()
-            environment = place.environment | {"NOTIFY_SOCKET": notify, "TMPDIR": str(folder)}
+            environment = self._environment(place, folder) | {"NOTIFY_SOCKET": notify}
             log = folder / f"{name}.log"
             daemon = self._forks.start("killing.children:mount", *line, environment=environment, log=log)
             try:
@@ -294,6 +298,10 @@ class Sweep:
                 if is_mounted(root / "mnt"):
                     shell("fusermount", "-u", "-z", root / "mnt")
 
+    def _environment(self, place: Place, folder: Path) -> dict[str, str]:
+        mutant = {MUTANT: self._mutant} if place.url == self._proxy.url else {}
+        return place.environment | {"TMPDIR": str(folder)} | mutant
+
     # --- where a script starts, and what it should do -----------------------------------------------------
 
     def _start(self, point: Point, place: Place) -> None:
@@ -308,7 +316,7 @@ class Sweep:
         for name, body in self._stored.get(key, {}).items():
             place.put(name, body)
         if point.step.prepare is not nothing:  # but for the first database the store is known: see capabilities.py
-            place.put(PROBED, self._place.get(PROBED))
+            place.put(PROBED, replace(self._place, prefix="").get(PROBED))
 
     def _make(self, point: Point, place: Place) -> None:
         there = replace(point, face=COMMAND)
