@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,8 @@ def main() -> int:
     parser.add_argument("--states", type=int, default=1, choices=range(1, len(STATES) + 1), help="of each step")
     parser.add_argument("--only", default="", metavar="STEP", help="a step, or a point as a failure names it")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also in the background; nothing is left then either
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     began = time.monotonic()
     todo = tasks(FACES[given.face], seed, given.states, given.only)

@@ -185,6 +185,14 @@ def test_cut(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnecti
     assert proxy.requests[0].status == 0
 
 
+def test_then(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
+    """When it was passed on, and the client has heard nothing yet."""
+    seen: list[tuple[list[str], int]] = []
+    proxy.rule = lambda request: Fault(then=lambda: seen.append((list(origin.log), request.status)))
+    assert ask(client, "PUT", "/b/a", b"x") == (200, b"")
+    assert seen == [(["PUT"], 0)]
+
+
 def test_hang(origin: Origin, proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
     proxy.rule = lambda request: Fault(hang_s=60)
     client.timeout = 0.2

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,28 @@ from killing import mutants
 from killing.folders import Files, Folder, InProcess, State
 from killing.forks import Reporter
 from killing.steps import COMMAND, MOUNT, STEPS, Step
-from s3blockfs import check, fuse_ops, housekeeping  # so that no process has to import them
+from s3blockfs import housekeeping
 from s3blockfs.cli import main, options
 from s3blockfs.runtime import Runtime
 from s3blockfs.s3store import S3Store
 
 #: Long enough for a burst, short enough to be waited for after each kill.
 LEASE_S = 0.3
-#: A variable that names one of mutants.py.
+
+#: Options of `connect`.
+IN_PROCESS = {"lease_s": LEASE_S, "refresh_s": 0.0}
+
+#: An environment variable that names one of mutants.py.
 MUTANT = "KILLSWEEP_MUTANT"
 
-IN_PROCESS = {"lease_s": LEASE_S, "refresh_s": 0.0}
+#: What the functions here, and commands, would import each time.
+SLOW = "backup", "check", "fuse_binding", "fuse_ops", "past"
 
 
 def prepare() -> None:
     """Of the fork server. An SDK client takes 0.15 s to make, most of it to parse files that are always the same."""
+    for name in SLOW:
+        import_module(f"s3blockfs.{name}")
     loader = create_loader()
     botocore.session.create_loader = lambda path=None: loader
     S3Store("warm-up", runtime=Runtime(), endpoint_url="http://127.0.0.1:1", access_key="a", secret_key="b").close()
@@ -90,32 +98,30 @@ def make(_: Reporter, face: str, where: dict[str, Any], state: list[Any], name: 
     return 0
 
 
-def look(reporter: Reporter, face: str, where: dict[str, Any], state: list[Any], names: list[str], writes: bool) -> int:
-    """Report what each database holds, and what is there besides; with `writes` whether all of them can be written."""
+def look(reporter: Reporter, face: str, where: dict[str, Any], state: list[Any], names: list[str]) -> int:
+    """Report what each database holds, and what files there are; fail if one cannot be written.
+
+    A copy that died before its head leaves objects, which are listed as a name, and are not there when looked for."""
     place = folder(face, where, State(*state))
     found = {name: place.content(name) for name in names}
     reporter.say(found)
     if isinstance(place, Files):
         reporter.say(sorted(path.name for path in place.directory.iterdir() if path.is_file()))
     else:
-        listed = [
-            (name, place.vfs.catalog.lookup(place.path(name))) for name, _ in place.vfs.catalog.listing(place.prefix)
-        ]
-        reporter.say(sorted(name for name, entry in listed if entry is not None and not entry.is_folder))
-    for name in [name for name in names if writes and found[name] is not None]:
+        catalog = place.vfs.catalog
+        entries = {name: catalog.lookup(place.path(name)) for name, _ in catalog.listing(place.prefix)}
+        reporter.say(sorted(name for name, entry in entries.items() if entry and not entry.is_folder))
+    for name in [name for name in names if found[name] is not None]:
         with place.open(name) as run:
             run("CREATE TABLE later(x)")
             run("INSERT INTO later VALUES (1)")
     return 0
 
 
-def verify(
-    reporter: Reporter, _: str, where: dict[str, Any], state: list[Any], names: list[str], collects: bool
-) -> int:
-    """`s3blockfs check`; with `collects` again after everything that can be garbage was collected."""
+def verify(reporter: Reporter, _: str, where: dict[str, Any], state: list[Any], names: list[str]) -> int:
+    """`s3blockfs check`, and again after everything that can be garbage was collected."""
     place = folder(COMMAND, where, State(*state))
-    commands = [("check", *names), ("gc", ".", "--retain", "0"), ("check", *names)]
-    for words in commands if collects else commands[:1]:
+    for words in (("check", *names), ("gc", ".", "--retain", "0"), ("check", *names)):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
@@ -124,6 +130,3 @@ def verify(
                 reporter.say(f"{error}: {said.getvalue()}")
                 return 1
     return 0
-
-
-assert check and fuse_ops

@@ -19,7 +19,8 @@ PAUSE_S = 0.7
 
 @dataclass(frozen=True)
 class Step:
-    """`order`: databases that may change in this order only. `needs`: kinds of requests (see proxy.py) without which
+    """`at_once`: a database that it creates is there as a whole or not at all, and never empty. `order`: databases that
+    may change in this order only. `needs`: kinds of requests (see proxy.py) without which
     the script did not do what it is for. `client`: also with the client killed; a `cp` that is killed leaves half a
     file anywhere. `legacy`: what `prepare` makes is stored as sqlite-s3vfs does. `movable`: its objects may be copied
     to another prefix; a named snapshot knows its own."""
@@ -28,6 +29,7 @@ class Step:
     script: Callable[[Folder], None]
     faces: tuple[str, ...]
     prepare: Callable[[Folder], None]
+    at_once: bool = False
     order: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     client: bool = True
@@ -244,13 +246,13 @@ def cp_new(folder: Folder) -> None:
     folder.done()
 
 
-@step(MOUNT, prepare=large, order=("c.db", "a.db"))
+@step(MOUNT, prepare=large, at_once=True, order=("c.db", "a.db"))
 def rename(folder: Folder) -> None:
     folder.rename("a.db", "c.db")
     folder.done()
 
 
-@step(MOUNT, prepare=large, order=("b.db", "a.db"))
+@step(MOUNT, prepare=large, at_once=True, order=("b.db", "a.db"))
 def rename_over(folder: Folder) -> None:
     folder.rename("a.db", "b.db")
     folder.done()
@@ -313,15 +315,36 @@ def command(*words: str, prepare: Callable[[Folder], None], name: str = "", **mo
 
 command("import", "FILE", "c.db", prepare=one, name="import")
 command("import", "FILE", "a.db", "--force", prepare=one, name="import-over")
-command("cp", "a.db", "c.db", prepare=large)
+command("cp", "a.db", "c.db", prepare=large, at_once=True)
 command("cp", "a.db", "b.db", "--force", prepare=large, name="command-cp-over")
-command("mv", "a.db", "c.db", prepare=large, order=("c.db", "a.db"))
+command("mv", "a.db", "c.db", prepare=large, at_once=True, order=("c.db", "a.db"))
 command("mv", "a.db", "b.db", "--force", prepare=large, order=("b.db", "a.db"), name="command-mv-over")
 command("rm", "a.db", prepare=two)
 command("restore", "a.db", "--to", "one", prepare=kept, movable=False)
-command("restore", "a.db", "--to", "one", "--as", "c.db", prepare=kept, movable=False, name="command-restore-as")
+command(
+    "restore",
+    "a.db",
+    "--to",
+    "one",
+    "--as",
+    "c.db",
+    prepare=kept,
+    at_once=True,
+    movable=False,
+    name="command-restore-as",
+)
 command("snapshot", "create", "a.db", "two", prepare=kept, movable=False, name="snapshot-create")
 command("snapshot", "rm", "a.db", "one", prepare=kept, movable=False, name="snapshot-rm")
 command("gc", ".", "--retain", "0", prepare=littered, name="gc", needs=("archive", "delete"))
 command("adopt", "a.db", prepare=one, legacy=True, name="adopt", needs=("block",))
-command("export", "a.db", "c.db", "--layout", "sqlite-s3vfs", prepare=one, name="export-layout", needs=("block",))
+command(
+    "export",
+    "a.db",
+    "c.db",
+    "--layout",
+    "sqlite-s3vfs",
+    prepare=one,
+    at_once=True,
+    name="export-layout",
+    needs=("block",),
+)
