@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 #: Everything that is waited for; the machine may be busy.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 MESSAGE_BYTES = 1 << 16
 
 
