@@ -36,6 +36,7 @@ class Process:
         self.pid, self.report = pid, report
         self._server = server
         self._ended = os.pidfd_open(pid)  # it cannot be another one's: nobody but `wait` takes its exit code
+        self._lock = threading.Lock()  # `signal` may be called while this is released
         self._code: int | None = None
 
     def fileno(self) -> int:
@@ -44,16 +45,20 @@ class Process:
 
     def ends(self, seconds: float = PATIENCE_S) -> bool:
         """Whether it has ended, or does so in time."""
-        return bool(select.select([self._ended], [], [], seconds)[0])
+        return self._code is not None or bool(select.select([self._ended], [], [], seconds)[0])
 
-    def signal(self, number: int = signal.SIGKILL) -> None:
-        if self._code is None:
-            signal.pidfd_send_signal(self._ended, number)
+    def signal(self, number: int = signal.SIGKILL) -> bool:
+        """Whether there still was a process."""
+        with self._lock:
+            if self.ends(0):
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._ended, number)
+            return True
 
     def kill(self) -> None:
         """Returns when it is dead: all its threads, its files and sockets closed."""
-        with contextlib.suppress(ProcessLookupError):
-            self.signal()
+        self.signal()
         if not self.ends():
             raise Hung(f"process {self.pid} survived SIGKILL")
 
@@ -81,8 +86,9 @@ class Process:
         """Whatever happened: no process, no file."""
         self.kill()
         self.wait()
-        self.report.close()
-        os.close(self._ended)
+        with self._lock:
+            self.report.close()
+            os.close(self._ended)
 
 
 class Reporter:

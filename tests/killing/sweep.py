@@ -145,9 +145,7 @@ class Trigger:
 
     def _signal(self) -> None:
         """Not waited for: the kernel lets a client die when the daemon has answered it. It may have ended before."""
-        victim = self.victim.result(PATIENCE_S)
-        self.fired = not victim.ends(0)
-        victim.signal()
+        self.fired = self.victim.result(PATIENCE_S).signal()
 
 
 class Sweep:
@@ -204,6 +202,7 @@ class Sweep:
         via = place.via(self._proxy.url)
         trigger = Trigger(point.k, point.way)
         self._proxy.reset()
+        self._proxy.errors.clear()
         with contextlib.ExitStack() as stack:
             daemon = None
             if point.face == MOUNT:
