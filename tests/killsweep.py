@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--points", type=int, help="a random sample of so many (default: every request, every way)")
     parser.add_argument("--seed", type=int, help="of content, states and sample")
     parser.add_argument("--face", choices=FACES, default="both", help="process: with the commands")
-    parser.add_argument("--jobs", type=int, default=2, help="points under way at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="points under way at a time; most of one is waiting")
     parser.add_argument("--states", type=int, default=1, choices=range(1, len(STATES) + 1), help="of each step")
     parser.add_argument("--only", default="", metavar="STEP", help="a step, or a point as a failure names it")
     given = parser.parse_args()

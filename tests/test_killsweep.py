@@ -22,7 +22,7 @@ def test_a_sample(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
     seed = random.SystemRandom().randrange(1 << 32)
     began = time.monotonic()
     said: list[str] = []
-    result = run(place, tmp_path, tasks(seed=seed), seed, POINTS, jobs=2, report=said.append)
+    result = run(place, tmp_path, tasks(seed=seed), seed, POINTS, jobs=3, report=said.append)
     count, spent = sum(result.points.values()), time.monotonic() - began
     with capsys.disabled():
         print(f"\n{count} of {POINTS} kill points in {spent:.0f} s; all: scripts/killsweep --seed {seed}")
