@@ -89,14 +89,18 @@ def run(
         task = Task(point.step, point.face, point.state)
         if fired and complete and point.k >= requests[task]:  # other runs may take more requests
             points.append(replace(point, k=point.k + 1))
+        elif not fired and reserve:
+            points.append(reserve.pop())
 
     with lanes as sweeps:
         _side_by_side(sweeps, deque(todo), control, result, report)
         points = deque(point for task in requests for k in range(requests[task]) for point in task.points(k + 1))
         points = deque(point for point in points if str(point).startswith(only))
         complete = most is None or most >= len(points)
-        if most is not None and not complete:
-            points = deque(random.Random(seed).sample(list(points), most))
+        reserve: list[Point] = []
+        if not complete:
+            mixed = random.Random(seed).sample(list(points), len(points))
+            points, reserve = deque(mixed[:most]), mixed[most:]
         report(f"{len(requests)} scripts, {sum(requests.values())} requests, {len(points)} kill points")
         _side_by_side(sweeps, points, kill, result, report)
     return result
