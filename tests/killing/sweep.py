@@ -38,7 +38,7 @@ from proxy import Fault, FaultProxy, Request
 from killing.children import LEASE_S, MUTANT
 from killing.folders import Files, State
 from killing.forks import PATIENCE_S, ForkServer, Hung, Process
-from killing.steps import COMMAND, MOUNT, Step, fill, nothing
+from killing.steps import COMMAND, MOUNT, Step, fill
 
 WAYS = "before", "after", "dropped", "dropped-killed"
 CLIENT_WAYS = "client-before", "client-after"
@@ -53,9 +53,6 @@ STATES = (
 
 #: A job in the background may come too late on a busy machine.
 ATTEMPTS = 4
-
-#: Where it is remembered that a store is safe to write to: for a mount below its prefix, in process for the bucket.
-PROBED = ".s3blockfs/store"
 
 
 class Failure(Exception):
@@ -319,8 +316,6 @@ class Sweep:
             self._stored[key] = {name: first.get(name) for name in first.listing()}
         for name, body in self._stored.get(key, {}).items():
             place.put(name, body)
-        if point.step.prepare is not nothing:  # but for the first database the store is known: see capabilities.py
-            place.put(PROBED, replace(self._place, prefix="").get(PROBED))
 
     def _make(self, point: Point, place: Place) -> None:
         there = replace(point, face=COMMAND)
