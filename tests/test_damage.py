@@ -259,7 +259,7 @@ def _copy(scene: Scene, expected: bytearray, key: str) -> None:
 def _restore(scene: Scene, expected: bytearray, key: str) -> None:
     source, heads = scene.story.new_source(), scene.story.heads()
     state = open_at(source, heads, LABEL)
-    put_state(state, source, source, heads, scene.story.version(), None, "me")
+    put_state(state, source, Place(source, heads, scene.story.version(), None), "me")
     expected[:] = scene.expected[LABEL]
 
 
