@@ -155,7 +155,7 @@ class Client:
             side.write(0, build_journal(base, self._page_of(base)))
         content = self._change(database, base, bump, shrink=journal)
         if rng.random() < 0.2:
-            self.kernel.sleep(rng.uniform(0, 3))
+            self.kernel.sleep(rng.choice([0.1, 3, 40]))
         end = rng.random()
         if end < 0.06:
             self._dies(database)
@@ -207,6 +207,8 @@ class Client:
                 database.truncate(0)
                 for start in range(0, len(content), 900):
                     database.write(start, content[start : start + 900])
+                if self.rng.random() < 0.5:  # long enough for a collector to come by
+                    self.kernel.sleep(self.rng.uniform(0, 60))
                 database.close_handle(self.pid)
         except TOLD:
             self.close()

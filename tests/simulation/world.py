@@ -161,7 +161,7 @@ class World:
                 client.look(client.rng.choice([0.0, 1.0, 40.0]))
             elif dice < 0.25:
                 client.close()
-            elif dice < 0.3:
+            elif dice < 0.33:
                 client.overwrite()
             else:
                 client.transact()
