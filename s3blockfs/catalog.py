@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past
 from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, StoreError
@@ -262,8 +261,7 @@ class Catalog(Names):
             if self._stop_ticking is None:
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
-        publisher = Publisher(source, lease, self._writer)
-        database = kind(source, lease, publisher, self._config, version, self.side_files, side_path)
+        database = kind(source, lease, self._config, version, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database
 

@@ -40,8 +40,8 @@ SUPERSEDED = '"superseded"'  # the ETag of a head that is not the newest any mor
 class Publisher:
     """Publishes the transactions of one database."""
 
-    def __init__(self, source: Source, lease: Lease, writer: str) -> None:
-        self._source, self._lease, self._writer = source, lease, writer
+    def __init__(self, source: Source, lease: Lease) -> None:
+        self._source, self._lease = source, lease
         self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
         """A segment that holds the commits of these records, waiting to ride on the next head."""
 
@@ -78,20 +78,10 @@ class Publisher:
             if (replaced.extents, replaced.leaves) != (base.head.extents, base.head.leaves):
                 block_map = BlockMap.of(replaced.extents, replaced.leaves, source.load_leaf)
             encoded = upload_map(source, block_map.replace(extents), replaced.rev)
-            made = replace(
-                replaced,
-                seq=seq,
-                commit=commit_id,
-                size=dirty.size,
-                writer=self._writer,
-                time_ms=time_ms,
-                counter=counter,
-                segments=(*held, *segments),
-                extents=encoded.extents,
-                leaves=encoded.leaves,
-                tail=tail.append(logged),
-                lease=self._lease.kept(replaced.lease),
-            )
+            made = replace(replaced, seq=seq, commit=commit_id, size=dirty.size, time_ms=time_ms, counter=counter)
+            made = replace(made, writer=self._lease.writer, lease=self._lease.kept(replaced.lease))
+            made = replace(made, segments=(*held, *segments), extents=encoded.extents, leaves=encoded.leaves)
+            made = replace(made, tail=tail.append(logged))
             return made
 
         left_s = max(deadline - source.runtime.monotonic(), 0.01)
@@ -127,12 +117,9 @@ class Publisher:
 
     def _roll(self, head: Head) -> tuple[Segment, tuple[Commit, ...]]:
         """Upload the commits of the tail as one segment: each stays separate, so every one can still be opened."""
-        records = tuple(commit.record for commit in head.tail.commits)
-        frames = [
-            (offset, commit.record.seq, data)
-            for commit in head.tail.commits
-            for offset, data in _joined(commit.chunks, head.block_size)
-        ]
+        commits, size = head.tail.commits, head.block_size
+        records = tuple(commit.record for commit in commits)
+        frames = [(at, commit.record.seq, data) for commit in commits for at, data in _joined(commit.chunks, size)]
         segment, built = build_segment(self._source, head.rev, frames, records)
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
         for entry, (_, _, data) in zip(built.entries, frames, strict=True):
@@ -141,11 +128,8 @@ class Publisher:
 
 
 def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
-    return (
-        len(tail.encoded) >= encoded_bytes
-        or tail.raw_bytes >= times * ROLL_RAW_BYTES
-        or len(tail.commits) >= times * ROLL_COMMITS
-    )
+    is_large = len(tail.encoded) >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
+    return is_large or len(tail.commits) >= times * ROLL_COMMITS
 
 
 def _holds_up_a_fold(head: Head) -> bool:

@@ -31,7 +31,6 @@ from s3blockfs.state import RECOVER_EVERY_S, State
 log = logging.getLogger(__name__)
 
 LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
-REFRESH_PAUSE_S = 5.0  # after a refresh that failed, cached data is served so long before the store is asked again
 SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
 
 
@@ -39,18 +38,11 @@ class Database(State):
     """One database of a mount or process. Made by `catalog.py`."""
 
     def __init__(
-        self,
-        source: Source,
-        lease: Lease,
-        publisher: Publisher,
-        config: Config,
-        version: Version,
-        side_files: SideFiles,
-        path: str,
+        self, source: Source, lease: Lease, config: Config, version: Version, side_files: SideFiles, path: str
     ) -> None:
         """`path` is where its side files lie; `version` a head that is no tombstone."""
         super().__init__(source, lease.heads, config, version)
-        self._lease, self._publisher, self._side_files = lease, publisher, side_files
+        self._lease, self._publisher, self._side_files = lease, Publisher(source, lease), side_files
         self._housekeeper = Housekeeper(source, lease.heads, config)
         self._wrote = False
         self.publishing = False

@@ -123,11 +123,10 @@ class FileSystem(Operations):
         if is_side_file(path):
             return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
-        shown = None if database is None else self._shown.get(database)
-        if database is not None and shown is not None and shown.handles and not database.is_gone:
-            is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
-            if not is_link:
-                return self._attributes(database)
+        shown = database and self._shown.get(database)
+        is_link = database and "." not in path.rpartition("/")[2] and database.version.head.name is None
+        if database and shown and shown.handles and not database.is_gone and not is_link:
+            return self._attributes(database)
         if (entry := self._names.lookup(path)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)

@@ -56,7 +56,7 @@ class Lease:
     """Who of this process writes to one database, and this process's lease on it."""
 
     def __init__(self, heads: HeadFile, runtime: Runtime, config: Config, writer: str) -> None:
-        self.heads, self._runtime = heads, runtime
+        self.heads, self.writer, self._runtime = heads, writer, runtime
         self._lease_s, self._deadline_s = config.lease_s, config.request_deadline_s
         self._owner = f"{writer}:{runtime.token(4).hex()}"
         self._lock, self._line = threading.Lock(), threading.Lock()
