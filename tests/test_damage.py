@@ -18,7 +18,7 @@ from s3blockfs.format.keys import head_key
 from s3blockfs.gc import collect
 from s3blockfs.history import archived, open_at
 from s3blockfs.snapshot import Snapshot, Source
-from s3blockfs.transfer import put_state
+from s3blockfs.transfer import Place, put_state
 
 HEAD = head_key(PREFIX)
 
@@ -246,7 +246,7 @@ def _copy(scene: Scene, expected: bytearray, key: str) -> None:
     heads = scene.world.heads("c.db")
     try:
         state = Snapshot.load(source, scene.story.version())
-        put_state(state, source, target, heads, heads.read(), None, "me")
+        put_state(state, source, Place(target, heads, heads.read(), None), "me")
         copy = Snapshot.load(target, heads.read())  # type: ignore[arg-type]
         try:
             assert copy.read(0, 1 << 40) == expected, "a copy with wrong bytes"
@@ -259,7 +259,7 @@ def _copy(scene: Scene, expected: bytearray, key: str) -> None:
 def _restore(scene: Scene, expected: bytearray, key: str) -> None:
     source, heads = scene.story.new_source(), scene.story.heads()
     state = open_at(source, heads, LABEL)
-    put_state(state, source, source, heads, scene.story.version(), None, "me")
+    put_state(state, source, Place(source, heads, scene.story.version(), None), "me")
     expected[:] = scene.expected[LABEL]
 
 
