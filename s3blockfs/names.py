@@ -10,6 +10,7 @@ import errno
 import os
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakValueDictionary
@@ -128,8 +129,7 @@ class Names:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
         if (entry := self.lookup(path)) is not None and not entry.is_folder:
             source, heads = self.at(entry.prefix)
-            version = heads.read()
-            if version is not None and not version.head.deleted:
+            if (version := heads.read()) is not None and not version.head.deleted:
                 return source, heads, version
         raise errors.DatabaseNotFound(f"{self._label(path)}: no such database")
 
@@ -178,17 +178,19 @@ class Names:
         prefix = join(self._root, path)
         mark = keys.folder_mark_key(prefix)
         first = next(iter(self._store.list(f"{prefix}/", site="folder", max_keys=1)), None)
+        if first is not None and keys.rev_of(prefix, first.key) is not None:  # of a copy that died before its head
+            listed = self._store.list(f"{prefix}/", site="folder")
+            first = next((each for each in listed if keys.rev_of(prefix, each.key) is None), None)
         if first is None or first.key == mark:
             return first is not None
         parent, _, name = prefix.rpartition("/")
         return not self._exists(deleted_mark_key(parent, name)) or self._exists(mark) or bool(self.listing(path))
 
     def _exists(self, key: str) -> bool:
-        try:
+        with suppress(errors.ObjectNotFound):
             self._store.get(key, site="folder-mark")
-        except errors.ObjectNotFound:
-            return False
-        return True
+            return True
+        return False
 
     def _head(self, prefix: str) -> Version | None:
         """The head, at most as old as the refresh interval; None when there is none."""

@@ -14,6 +14,7 @@ from test_catalog import fill, make_nameless, names, read
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.errors import DatabaseExists, DatabaseGone, DatabaseNotFound, ReadOnly, StoreUnavailable, UsageError
+from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import Listed
 
 MARK, REMOVED = "f/.s3blockfs/folder", ".s3blockfs/deleted/f"
@@ -259,3 +260,16 @@ def test_a_listing_of_10000_databases_asks_for_lists_only(world: World) -> None:
     before = len(world.store.calls)
     assert len(machine.listing("f")) == 10_000
     assert {call.operation for call in world.store.calls[before:]} == {"LIST"}
+
+
+def test_what_a_copy_that_died_left_is_no_folder(world: World) -> None:
+    """Objects without a head: the copy can be made again, by mv as well. A folder beside them is one all the same."""
+    machine = world.machine()
+    fill(machine, "a.db")
+    for name in ("acme", "other", "f"):
+        world.store.inner.put(ObjectRef(0, bytes(8), bytes(8)).key(name), b"copied")
+    fill(machine, "f/b.db")
+    assert is_folder(machine, "f")
+    machine.copy("a.db", "acme")
+    machine.rename("a.db", "other")
+    assert read(machine, "acme") == read(machine, "other")

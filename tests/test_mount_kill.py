@@ -15,7 +15,6 @@ from mounting import PATIENCE_S, Mount, Place, mounted, sqlite
 
 pytestmark = pytest.mark.mount
 
-ROUNDS = 50
 ROWS = 3
 """Rows of one transaction; each carries the number of its transaction and a block of bytes."""
 
@@ -90,14 +89,17 @@ def check(mount: Mount, last: int) -> int:
 
 
 @pytest.mark.timeout(400)
-def test_nothing_acknowledged_is_lost(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After each of 50 kills the next mount comes up by itself on the same directory, and all of this holds."""
+@pytest.mark.parametrize("rounds", [12, pytest.param(50, marks=pytest.mark.long)])
+def test_nothing_acknowledged_is_lost(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], rounds: int
+) -> None:
+    """After each kill the next mount comes up by itself on the same directory, and all of this holds."""
     seed = random.SystemRandom().randrange(1 << 32)
     moments = random.Random(seed)
     began = time.monotonic()
     last = kept = 0
     root = None
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         with mounted(place, tmp_path, "--lease", "1", root=root) as mount:
             root = mount.directory.parent
             if last == 0:
@@ -111,7 +113,7 @@ def test_nothing_acknowledged_is_lost(place: Place, tmp_path: Path, capsys: pyte
     with mounted(place, tmp_path, "--lease", "1", root=root) as mount:
         latest = check(mount, last)
         kept += latest - last
-    assert latest > 2 * ROUNDS
+    assert latest > 2 * rounds
     with capsys.disabled():
         spent = time.monotonic() - began
-        print(f"\n{ROUNDS} kills in {spent:.0f} s, seed {seed}: {latest} commits, {kept} of them not acknowledged")
+        print(f"\n{rounds} kills in {spent:.0f} s, seed {seed}: {latest} commits, {kept} of them not acknowledged")
