@@ -84,8 +84,7 @@ class Catalog(Names):
 
     def connection(self, path: str, side_path: str, create: bool, at: int | str | None = None) -> Database:
         """A Database for one connection alone: its own snapshot, its own transaction, its side files at `side_path`.
-        `path` is taken for a key prefix below the root as it is. Raises DatabaseNotFound unless `create`, and with `at`
-        what `past` raises."""
+        `path` is a key prefix below the root. Raises DatabaseNotFound unless `create`, with `at` what `past` raises."""
         check_prefix(prefix := join(self._root, path))
         database = self._newest(prefix, path, side_path, create) if at is None else self.past(prefix, side_path, at)
         with self._lock:

@@ -84,8 +84,7 @@ def _raise_floor(
 
 
 def _reachable(source: Source, version: Version) -> tuple[set[str], list[Extent]]:
-    """The keys that a head and its roots need, and the extents of the head itself. Raises DamagedObject, also when one
-    of them is not there."""
+    """The keys that a head and its roots need, and the head's own extents. DamagedObject also when one is lost."""
     prefix, head = source.prefix, version.head
     keys = {snapshot.archive for snapshot in head.snapshots}
     leaves: set[LeafRef] = set()

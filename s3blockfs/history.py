@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import chain
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from s3blockfs import errors
 from s3blockfs.blockmap import NO_END, BlockMap
@@ -165,19 +165,19 @@ def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], 
     while True:
         if (version := heads.read()) is None or version.head.deleted:
             raise errors.DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
+        result: T | errors.S3BlockFSError
         try:
-            result, failure = look(version), None
+            result = look(version)
         except errors.S3BlockFSError as error:
-            result, failure = None, error
+            result = error
         if (now := heads.read()) is None or now.head.floor == version.head.floor:
-            if failure is not None:
-                raise failure
-            return cast(T, result)
+            if isinstance(result, errors.S3BlockFSError):
+                raise result
+            return result
 
 
 def _timeline(source: Source, version: Version, first: int) -> Iterator[tuple[Version, list[Commit]]]:
-    """Each root that shows the commit `first` or later ones, oldest first, with the commits to be opened by way of it:
-    those after the root before."""
+    """Each root that shows commit `first` or later ones, oldest first, with the commits after the root before it."""
     shown, vouching = 0, None
     for root in chain(roots(source, version.head), [version]):
         head = root.head

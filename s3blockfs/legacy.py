@@ -10,8 +10,7 @@ and that library pads; a cut that died half-way leaves a hole) the file ends if 
 Journals do have short blocks, since SQLite leaves gaps before their headers. (By its sum of sizes that library then
 misses the rest of a journal, and rolls back in part: measured. Here it is rolled back as SQLite does on a disk.)
 
-Thread rule: any thread. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere.
-"""
+Threads: any. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere."""
 
 import hashlib
 import itertools

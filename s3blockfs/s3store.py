@@ -412,8 +412,7 @@ class _Upload(io.BytesIO):
 
 
 def _explain(error: Exception) -> tuple[type[errors.StoreError], str, str]:
-    """The exception to raise, its text, and a short reason for it: never the SDK's own text, which may hold URLs, nor
-    the store's, which may hold anything."""
+    """The exception to raise, its text, and a short reason for it: never a text of the SDK or of the store."""
     reason = type(error).__name__
     words: Sequence[object] = type(error).__mro__
     if isinstance(error, sdk.ClientError):

@@ -113,15 +113,11 @@ def rename(origin: Source, heads: HeadFile, state: Snapshot, place: Place, write
     except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
         return heads.latest or state.version, moved
     except Busy:
+        target, over, base, _ = place
         if moved.head.commit == commit_id:  # else others have gone on with it
-            _put_back(place, moved, writer)
+            # To undo it is a commit of its own, so that seq goes on. Busy when somebody commits on it meanwhile.
+            if base is None or base.head.deleted:
+                bury(target, over, moved, writer, same_commit=True)
+            else:
+                put_state(Snapshot.load(target, base), target, Place(target, over, moved, base.head.name), writer)
         raise
-
-
-def _put_back(place: Place, moved: Version, writer: str) -> None:
-    """Undo `put_state`, unless somebody has committed on it: Busy. It is a commit of its own, so that seq goes on."""
-    target, heads, base, _ = place
-    if base is None or base.head.deleted:
-        bury(target, heads, moved, writer, same_commit=True)
-    else:
-        put_state(Snapshot.load(target, base), target, Place(target, heads, moved, base.head.name), writer)

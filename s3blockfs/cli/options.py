@@ -1,8 +1,7 @@
 """What commands share: their options, targets, and the databases they lead to.
 
 Every field of `Config` is an option; its type decides how the text is read. Each option is also an environment variable
-`S3BLOCKFS_<OPTION>`; the flag wins. A command's function gets only its own arguments: the options are in `settings()`.
-"""
+`S3BLOCKFS_<OPTION>`; the flag wins. A command's function gets only its own arguments: options are in `settings()`."""
 
 from __future__ import annotations
 
