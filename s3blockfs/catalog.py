@@ -41,8 +41,7 @@ class Catalog(Names):
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
-        self.refused: set[str] = set()
-        """Prefixes under which the last PUT of a connection was refused."""
+        self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
 
     def open(self, path: str) -> Database:
@@ -67,8 +66,7 @@ class Catalog(Names):
 
     def create(self, path: str, exclusive: bool) -> Database:
         """Make an empty database, or open the one that is there. Raises DatabaseExists if `exclusive`."""
-        prefix = join(self._root, path)
-        check_prefix(prefix)
+        check_prefix(prefix := join(self._root, path))
         self.require_writable()
         version = self._head_file(prefix).read()
         if version is None or version.head.deleted:
@@ -200,8 +198,7 @@ class Catalog(Names):
         self.require_writable()
         if (entry := self.lookup(path)) is not None and entry.is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        prefix = join(self._root, path) if entry is None else entry.prefix
-        check_prefix(prefix)
+        check_prefix(prefix := join(self._root, path) if entry is None else entry.prefix)
         heads = self._head_file(prefix)
         base = heads.read()
         base = base and heads.convert(base)

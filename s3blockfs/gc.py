@@ -35,8 +35,7 @@ class Report(NamedTuple):
     deleted_bytes: int = 0
     kept: int = 0
     kept_bytes: int = 0
-    sparse: tuple[int, ...] = ()
-    """Live blocks in objects of which less than half is live: fold them as `extra_blocks`."""
+    sparse: tuple[int, ...] = ()  # live blocks in objects of which less than half is live: `extra_blocks` of a fold
 
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:

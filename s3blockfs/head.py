@@ -52,8 +52,7 @@ class HeadFile:
         self._name = f"{store.name}/{self._key}"
         self._lock = threading.Lock()
         self.prefix = prefix
-        self.latest: Version | None = None
-        """The newest head that was read or written here, tombstones included."""
+        self.latest: Version | None = None  # the newest head that was read or written here, tombstones included
         self.cut_off_s: float | None = None
         """When it could not be read; readers go by `latest` until it can be, which is tried in the background."""
 

@@ -18,9 +18,8 @@ from typing import TypeVar
 from s3blockfs import errors
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.config import duration_s
-from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot
+from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot, decode
 from s3blockfs.format.keys import archive_key, head_key, rev_of
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import Listed
@@ -63,8 +62,7 @@ def roots(source: Source, head: Head, wrong: Callable[[errors.S3BlockFSError], o
 def dated(source: Source, site: str) -> list[tuple[int, Listed]]:
     """Every object of ours with the rev in its name; what is not ours is left out."""
     folders = (source.store.list(f"{source.prefix}/{folder}/", site=site) for folder in ("data", "map", "archive"))
-    found = ((rev_of(source.prefix, entry.key), entry) for entry in chain.from_iterable(folders))
-    return [(rev, entry) for rev, entry in found if rev is not None]
+    return [(rev, e) for e in chain.from_iterable(folders) if (rev := rev_of(source.prefix, e.key)) is not None]
 
 
 def require_newest(source: Source, head: Head, listed: Iterable[tuple[int, Listed]]) -> None:
@@ -81,7 +79,7 @@ def archived(source: Source, key: str) -> Version:
     if rev_of(source.prefix, key) is None:
         raise errors.DamagedObject(f"{source.name_of(source.prefix)}: refers to {key[:99]!r}, which is none of its own")
     found = source.store.get(key, site="roots")
-    head = codec.decode(found.body, source.name_of(key))
+    head = decode(found.body, source.name_of(key))
     if key != archive_key(source.prefix, head.rev, head.nonce):
         raise errors.DamagedObject(f"{source.name_of(key)}: not the head that its name says")
     return Version(head, found.etag, found.body)

@@ -59,8 +59,7 @@ class _Blocks:
         self.size = max((number * self.block_size + size for number, (size, _) in self.rows.items()), default=0)
         self.total = sum(size for size, _ in self.rows.values())
         full = next(n for n in itertools.count() if self.rows.get(n, (0,))[0] < max(self.block_size, 1))
-        self.solid = full * self.block_size + self.rows.get(full, (0,))[0]
-        """Up to here nothing is missing."""
+        self.solid = full * self.block_size + self.rows.get(full, (0,))[0]  # up to here nothing is missing
 
     def read(self, offset: int, length: int) -> bytes:
         """Fewer bytes at the end. Raises DatabaseGone when a block is not the one listed any more."""
@@ -157,9 +156,8 @@ def _roll_back(store: ObjectStore, leftover: _Blocks, over: Dirty) -> int | None
         return None
     name = journal.super_journal(read, leftover.size)
     size = journal.size_before(read, leftover.size)
-    if name is not None and not (is_prefix(name) and any(store.list(f"{name}/", site="legacy", max_keys=1))):
-        size = None  # committed; a name that no key can have is that of nothing
-    if size is None:
+    is_there = name is None or (is_prefix(name) and any(store.list(f"{name}/", site="legacy", max_keys=1)))
+    if size is None or not is_there:  # committed; a name that no key can have is that of nothing
         return None
     for offset, image in journal.page_images(read, leftover.size, hot=True):
         if offset < size:

@@ -46,10 +46,8 @@ class Entry:
     is_folder: bool
     size: int = 0
     modified_s: float = 0.0
-    shown_as: str | None = None
-    """The name in a listing, where it is another one than was asked for."""
-    is_past: bool = False
-    """Cannot be changed."""
+    shown_as: str | None = None  # the name in a listing, where it is another one than was asked for
+    is_past: bool = False  # cannot be changed
 
 
 class Names:

@@ -14,8 +14,7 @@ class StoredObject:
 
     body: bytes
     etag: str
-    modified_s: float
-    """Last-Modified, seconds since the epoch, by the store's clock."""
+    modified_s: float  # Last-Modified, seconds since the epoch, by the store's clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,8 +44,7 @@ class Version(NamedTuple):
     head: Head
     etag: str
     body: bytes
-    snapshot: Snapshot | None = None
-    """What reads it, where no head is stored: a database of sqlite-s3vfs."""
+    snapshot: Snapshot | None = None  # what reads it, where no head is stored: a database of sqlite-s3vfs
 
 
 class Piece(NamedTuple):

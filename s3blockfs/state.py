@@ -36,8 +36,7 @@ class State:
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
-        self.on_moved: Callable[[], None] = lambda: None
-        """Called when cached copies of any byte may be stale."""
+        self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
     @property
     def size(self) -> int:
