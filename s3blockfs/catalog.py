@@ -125,8 +125,8 @@ class Catalog(Names):
             else:  # one in doubt stays closed to everybody until it is settled
                 self._idle[database.prefix] = database
                 settled = [idle for idle in self._idle.values() if not idle.in_doubt]
-                for idle in settled[: max(0, len(self._idle) - IDLE_KEPT)]:
-                    dropped.append(self._idle.pop(idle.prefix))
+                surplus = max(0, len(self._idle) - IDLE_KEPT)
+                dropped += [self._idle.pop(idle.prefix) for idle in settled[:surplus]]
         for idle in dropped:
             idle.close()
 
@@ -162,8 +162,7 @@ class Catalog(Names):
 
     def rename(self, old: str, new: str, overwrite: bool = True) -> None:
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
-        DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
-        (EISDIR, ENOTDIR, ENOTEMPTY, EINVAL)."""
+        DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on either, OSError."""
         if (entry := self.lookup(old)) is not None and entry.is_folder:
             if f"{new}/".startswith(f"{old}/"):
                 raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")

@@ -49,8 +49,7 @@ class Publisher:
     def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:
         """Make what is dirty the next state; the caller moves the view. Returns the head that holds it; the state after
         it, None when that has to be loaded; whether readers are shown another header than the application wrote
-        (counter, or WAL as rollback mode). Raises CommitLost, DatabaseGone, StoreError (nothing was published) or
-        Unsettled (not known)."""
+        (counter, or WAL as rollback mode). Raises CommitLost, DatabaseGone, StoreError (not published), Unsettled."""
         source = self._source
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
@@ -100,8 +99,7 @@ class Publisher:
         return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
 
     def _rolled(self, replaced: Head) -> tuple[Tail, tuple[Segment, ...]]:
-        """The tail and segments for a head that replaces this one: with a finished roll taken in if it still fits. A
-        commit on a full tail waits for one."""
+        """The tail and segments of a head in place of this one. Takes in a finished roll; a full tail waits for one."""
         must = _is_beyond(replaced.tail, FULL_TAIL_BYTES, 2)
         rolling, rolled = self._rolling, None
         if rolling is not None and (must or rolling.done()):
@@ -184,8 +182,7 @@ def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:
 
 def _next_counter(view: View) -> tuple[int | None, bool]:
     """Set the change counter to the base's plus one: (the counter, whether the header shown is not the one written).
-    Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps the base's, so that it goes
-    on when one is written over it."""
+    Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps it for one to come."""
     base = view.snapshot
     local = view.read(0, header.HEADER_BYTES)
     if not header.is_database(local):

@@ -1,8 +1,7 @@
 """The FUSE face: translates file-system calls into calls of catalog.py, database.py and sidefiles.py. Decides nothing.
 
 Threads: libfuse calls from many at once; `_lock` protects the table of handles for moments. The kernel holds the
-directory locked during create and unlink, so those never look at the mounted path; `_inode_of` is called where a handle
-is at hand and no directory is locked.
+directory locked during create and unlink, so those never look at the mounted path; calls with a handle may.
 
 Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows.
 Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them."""

@@ -5,8 +5,7 @@ the first kept head with a seq of at least s only ever *added* to the state righ
 everything newer is ignored. Kept are the *roots*: archives with a rev above the floor, those that a named snapshot
 pins, and the head itself. What was displaced before the first root of this database above the floor, or under another
 name before a copy, cannot be seen here. An extent uploaded here above the floor was swapped in above it, too; any other
-one may have displaced something unseen, so that root shows no commit that is older than such an extent.
-Thread rule: any thread."""
+one may have displaced something unseen, so that root shows no commit older than such an extent. Threads: any."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator

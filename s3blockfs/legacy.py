@@ -235,11 +235,7 @@ class AnyHead(HeadFile):
         return gone
 
     def convert(
-        self,
-        version: Version,
-        most_bytes: int = CONVERT_BYTES,
-        keep: bool = False,
-        progress: Progress = lambda *_: None,
+        self, version: Version, limit: int = CONVERT_BYTES, keep: bool = False, progress: Progress = lambda *_: None
     ) -> Version:
         """Copy the bytes into block objects, create the head, delete the old keys unless `keep`. No commit: the bytes
         stay as they are. Until there is a head the old store is as it was, and from then on it counts for nothing; so
@@ -248,7 +244,7 @@ class AnyHead(HeadFile):
         if not isinstance(snapshot, LegacySnapshot):
             return version
         name = self._source.name_of(self.prefix)
-        if head.size > most_bytes:
+        if head.size > limit:
             raise errors.ReadOnly(f"{name}: large and in sqlite-s3vfs's layout; convert it with s3blockfs adopt {name}")
         uploads = Uploads(self._source, self._config, head, head.seq)
         step = slots_per_object(head.block_size)

@@ -81,8 +81,7 @@ def address(text: str) -> str:
 
 
 class Target(NamedTuple):
-    """A bucket, a key prefix without slashes at its ends (empty: the whole bucket), and the name of a database in it
-    where one is meant."""
+    """A bucket, a key prefix without slashes at its ends (empty: the whole bucket), and a database's name, if any."""
 
     bucket: str
     prefix: str
