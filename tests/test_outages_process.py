@@ -20,7 +20,7 @@ import pytest
 from mounting import PATIENCE_S, Place, SqlError, fresh_name, is_mounted, numbers, shell, sqlite
 from outages import AWAY, FULL, HANGS, IOERR, READONLY, REQUEST_S, TRANSACTION_S, Stage, eventually, fails, staged
 from proxy import Fault, FaultProxy
-from test_outages import COMMIT_S, FACES, INSERT, LOCK_S, ROWS, begin, goes_on_reading
+from test_outages import COMMIT_S, FACES, FACES_BY_TURNS, INSERT, LOCK_S, ROWS, begin, goes_on_reading
 
 from s3blockfs.fuse_ops import QUIESCE_S
 
@@ -128,7 +128,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
         assert not is_mounted(folder)
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", FACES_BY_TURNS)
 def test_the_spill_folder_is_full(face: str, place: Place, proxy: FaultProxy, tmp_path: Path) -> None:
     """By the pages of a transaction, and by its journal."""
     with small_disk(tmp_path / "disk", 4) as disk, staged(face, place, proxy, tmp_path, spill_dir=str(disk)) as stage:
@@ -188,7 +188,7 @@ def lives(stage: Stage, name: str, number: int) -> None:
         stage.connect(name)(f"INSERT INTO t VALUES ({number})")
 
 
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("face", FACES_BY_TURNS)
 def test_other_databases(face: str, place: Place, name: str, proxy: FaultProxy, tmp_path: Path) -> None:
     """One hangs at its commit, at its reads and in mid-load: the commit waits until S3 answers, all others go on."""
     patient = {"transaction_deadline_s": 120.0}

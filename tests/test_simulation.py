@@ -23,7 +23,7 @@ def simulate(*arguments: str) -> str:
 
 @pytest.mark.timeout(900)
 def test_nothing_goes_wrong() -> None:
-    assert "simulate: ok" in simulate("--seeds", "120").splitlines()[-1]
+    assert "simulate: ok" in simulate("--seeds", "80").splitlines()[-1]
 
 
 def test_a_seed_repeats() -> None:
@@ -38,7 +38,7 @@ def test_mutants_fit_the_source(mutant: Mutant) -> None:
 @pytest.mark.timeout(900)
 def test_some_mutants_are_found() -> None:
     """Others each time; `scripts/simulate --mutants 0` tries them all."""
-    assert "mutants: 3 of 3 found" in simulate("--mutants", "3")
+    assert "mutants: 2 of 2 found" in simulate("--mutants", "2")
 
 
 def test_a_failure_is_made_short() -> None:

@@ -139,6 +139,7 @@ def show(capsys: pytest.CaptureFixture[str], what: str, seconds: float, said: li
     assert max(wait for _, wait, _ in said) < 15  # busy_timeout is 20 s
 
 
+@pytest.mark.long  # test_writers.py has more of them
 def test_four_writers_count_up(pair: Pair, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes on each of two machines: the sum is exact, nobody starves, no error but BUSY."""
     sqlite(pair.here / name, "CREATE TABLE t(n)", "INSERT INTO t VALUES (0)")
@@ -149,6 +150,7 @@ def test_four_writers_count_up(pair: Pair, name: str, capsys: pytest.CaptureFixt
     assert pair.commits(name) >= total
 
 
+@pytest.mark.long  # test_writers.py has more of them
 def test_transfers_keep_the_sum(pair: Pair, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Readers on both machines, with connections that stay open, see the same sum in every state and no state twice."""
     sqlite(pair.here / name, "CREATE TABLE t(id INTEGER PRIMARY KEY, balance, filler)", "CREATE TABLE transfers(n)")
