@@ -1,5 +1,4 @@
-"""The committed state of a database that any program has open, by SQLite's own backup: it knows what counts of a WAL
-or a hot journal beside the file."""
+"""The committed state of a database that any program has open, by SQLite's backup, which knows WAL and hot journals."""
 
 import uuid
 from contextlib import closing

@@ -63,7 +63,11 @@ class BlockCache:
     def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
         """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
         for run in self._claim(prefix, addresses)[0]:
-            self._start(prefix, run)
+            fetch = partial(self._fetch_run, prefix, run)
+            try:
+                self._runtime.submit(fetch)
+            except RuntimeError:  # no more threads: what was claimed must be resolved
+                fetch()
 
     def get(self, prefix: str, address: FrameAddress) -> bytes | None:
         """What is here already."""
@@ -91,13 +95,6 @@ class BlockCache:
                     claimed.append(address)
                 waiting[address] = self._inflight[key]
         return _runs(claimed), waiting, found
-
-    def _start(self, prefix: str, run: Sequence[FrameAddress]) -> None:
-        """Fetch on an I/O thread, or here when none is to be had: what was claimed must be resolved."""
-        try:
-            self._runtime.submit(partial(self._fetch_run, prefix, run))
-        except RuntimeError:
-            self._fetch_run(prefix, run)
 
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""

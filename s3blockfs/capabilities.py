@@ -39,8 +39,7 @@ def probe(store: ObjectStore, prefix: str, runtime: Runtime) -> str | None:
 
 def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
-    Raises ReadOnly when it is not safe, StoreUnavailable when no definite answer could be had, and what GET and PUT
-    raise (AccessDenied with read-only credentials)."""
+    Raises ReadOnly, StoreUnavailable (no definite answer), what GET and PUT raise (credentials may be read-only)."""
     if (wrong := _settle(store, join(prefix, HIDDEN_FOLDER, "store"), runtime)) is not None:
         raise errors.ReadOnly(f"{store.name}: {wrong}; {WHAT_TO_DO}")
 

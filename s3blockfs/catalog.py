@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from s3blockfs.commit import Publisher
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past
 from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, StoreError
@@ -42,8 +41,7 @@ class Catalog(Names):
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
-        self.refused: set[str] = set()
-        """Prefixes under which the last PUT of a connection was refused."""
+        self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
 
     def open(self, path: str) -> Database:
@@ -68,8 +66,7 @@ class Catalog(Names):
 
     def create(self, path: str, exclusive: bool) -> Database:
         """Make an empty database, or open the one that is there. Raises DatabaseExists if `exclusive`."""
-        prefix = join(self._root, path)
-        check_prefix(prefix)
+        check_prefix(prefix := join(self._root, path))
         self.require_writable()
         version = self._head_file(prefix).read()
         if version is None or version.head.deleted:
@@ -85,8 +82,7 @@ class Catalog(Names):
 
     def connection(self, path: str, side_path: str, create: bool, at: int | str | None = None) -> Database:
         """A Database for one connection alone: its own snapshot, its own transaction, its side files at `side_path`.
-        `path` is taken for a key prefix below the root as it is. Raises DatabaseNotFound unless `create`, and with `at`
-        what `past` raises."""
+        `path` is a key prefix below the root. Raises DatabaseNotFound unless `create`, with `at` what `past` raises."""
         check_prefix(prefix := join(self._root, path))
         database = self._newest(prefix, path, side_path, create) if at is None else self.past(prefix, side_path, at)
         with self._lock:
@@ -129,8 +125,8 @@ class Catalog(Names):
             else:  # one in doubt stays closed to everybody until it is settled
                 self._idle[database.prefix] = database
                 settled = [idle for idle in self._idle.values() if not idle.in_doubt]
-                for idle in settled[: max(0, len(self._idle) - IDLE_KEPT)]:
-                    dropped.append(self._idle.pop(idle.prefix))
+                surplus = max(0, len(self._idle) - IDLE_KEPT)
+                dropped += [self._idle.pop(idle.prefix) for idle in settled[:surplus]]
         for idle in dropped:
             idle.close()
 
@@ -166,8 +162,7 @@ class Catalog(Names):
 
     def rename(self, old: str, new: str, overwrite: bool = True) -> None:
         """Give a database another name, over an existing one, too; or a folder, one database after the other. Raises
-        DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on it or the one it replaces, OSError
-        (EISDIR, ENOTDIR, ENOTEMPTY, EINVAL)."""
+        DatabaseNotFound, DatabaseExists unless `overwrite`, Busy in a transaction on either, OSError."""
         if (entry := self.lookup(old)) is not None and entry.is_folder:
             if f"{new}/".startswith(f"{old}/"):
                 raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")
@@ -202,8 +197,7 @@ class Catalog(Names):
         self.require_writable()
         if (entry := self.lookup(path)) is not None and entry.is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        prefix = join(self._root, path) if entry is None else entry.prefix
-        check_prefix(prefix)
+        check_prefix(prefix := join(self._root, path) if entry is None else entry.prefix)
         heads = self._head_file(prefix)
         base = heads.read()
         base = base and heads.convert(base)
@@ -262,8 +256,7 @@ class Catalog(Names):
             if self._stop_ticking is None:
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
-        publisher = Publisher(source, lease, self._writer)
-        database = kind(source, lease, publisher, self._config, version, self.side_files, side_path)
+        database = kind(source, lease, self._config, version, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database
 

@@ -40,8 +40,8 @@ SUPERSEDED = '"superseded"'  # the ETag of a head that is not the newest any mor
 class Publisher:
     """Publishes the transactions of one database."""
 
-    def __init__(self, source: Source, lease: Lease, writer: str) -> None:
-        self._source, self._lease, self._writer = source, lease, writer
+    def __init__(self, source: Source, lease: Lease) -> None:
+        self._source, self._lease = source, lease
         self._rolling: Future[tuple[Segment, tuple[Commit, ...]]] | None = None
         """A segment that holds the commits of these records, waiting to ride on the next head."""
 
@@ -49,8 +49,7 @@ class Publisher:
     def publish(self, view: View) -> tuple[Version, Snapshot | None, bool]:
         """Make what is dirty the next state; the caller moves the view. Returns the head that holds it; the state after
         it, None when that has to be loaded; whether readers are shown another header than the application wrote
-        (counter, or WAL as rollback mode). Raises CommitLost, DatabaseGone, StoreError (nothing was published) or
-        Unsettled (not known)."""
+        (counter, or WAL as rollback mode). Raises CommitLost, DatabaseGone, StoreError (not published), Unsettled."""
         source = self._source
         counter, counter_set = _next_counter(view)
         base, dirty, uploads = view.snapshot, view.dirty, view.uploads
@@ -78,20 +77,10 @@ class Publisher:
             if (replaced.extents, replaced.leaves) != (base.head.extents, base.head.leaves):
                 block_map = BlockMap.of(replaced.extents, replaced.leaves, source.load_leaf)
             encoded = upload_map(source, block_map.replace(extents), replaced.rev)
-            made = replace(
-                replaced,
-                seq=seq,
-                commit=commit_id,
-                size=dirty.size,
-                writer=self._writer,
-                time_ms=time_ms,
-                counter=counter,
-                segments=(*held, *segments),
-                extents=encoded.extents,
-                leaves=encoded.leaves,
-                tail=tail.append(logged),
-                lease=self._lease.kept(replaced.lease),
-            )
+            made = replace(replaced, seq=seq, commit=commit_id, size=dirty.size, time_ms=time_ms, counter=counter)
+            made = replace(made, writer=self._lease.writer, lease=self._lease.kept(replaced.lease))
+            made = replace(made, segments=(*held, *segments), extents=encoded.extents, leaves=encoded.leaves)
+            made = replace(made, tail=tail.append(logged))
             return made
 
         left_s = max(deadline - source.runtime.monotonic(), 0.01)
@@ -110,8 +99,7 @@ class Publisher:
         return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
 
     def _rolled(self, replaced: Head) -> tuple[Tail, tuple[Segment, ...]]:
-        """The tail and segments for a head that replaces this one: with a finished roll taken in if it still fits. A
-        commit on a full tail waits for one."""
+        """The tail and segments of a head in place of this one. Takes in a finished roll; a full tail waits for one."""
         must = _is_beyond(replaced.tail, FULL_TAIL_BYTES, 2)
         rolling, rolled = self._rolling, None
         if rolling is not None and (must or rolling.done()):
@@ -127,12 +115,9 @@ class Publisher:
 
     def _roll(self, head: Head) -> tuple[Segment, tuple[Commit, ...]]:
         """Upload the commits of the tail as one segment: each stays separate, so every one can still be opened."""
-        records = tuple(commit.record for commit in head.tail.commits)
-        frames = [
-            (offset, commit.record.seq, data)
-            for commit in head.tail.commits
-            for offset, data in _joined(commit.chunks, head.block_size)
-        ]
+        commits, size = head.tail.commits, head.block_size
+        records = tuple(commit.record for commit in commits)
+        frames = [(at, commit.record.seq, data) for commit in commits for at, data in _joined(commit.chunks, size)]
         segment, built = build_segment(self._source, head.rev, frames, records)
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
         for entry, (_, _, data) in zip(built.entries, frames, strict=True):
@@ -141,11 +126,8 @@ class Publisher:
 
 
 def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
-    return (
-        len(tail.encoded) >= encoded_bytes
-        or tail.raw_bytes >= times * ROLL_RAW_BYTES
-        or len(tail.commits) >= times * ROLL_COMMITS
-    )
+    is_large = len(tail.encoded) >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
+    return is_large or len(tail.commits) >= times * ROLL_COMMITS
 
 
 def _holds_up_a_fold(head: Head) -> bool:
@@ -200,8 +182,7 @@ def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:
 
 def _next_counter(view: View) -> tuple[int | None, bool]:
     """Set the change counter to the base's plus one: (the counter, whether the header shown is not the one written).
-    Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps the base's, so that it goes
-    on when one is written over it."""
+    Not every commit changes it by itself (WAL, EXCLUSIVE). A file that is no database keeps it for one to come."""
     base = view.snapshot
     local = view.read(0, header.HEADER_BYTES)
     if not header.is_database(local):

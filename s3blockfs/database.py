@@ -22,7 +22,7 @@ from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level, RangeLocks
+from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -31,26 +31,17 @@ from s3blockfs.state import RECOVER_EVERY_S, State
 log = logging.getLogger(__name__)
 
 LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
-REFRESH_PAUSE_S = 5.0  # after a refresh that failed, cached data is served so long before the store is asked again
-SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
 
 
 class Database(State):
     """One database of a mount or process. Made by `catalog.py`."""
 
     def __init__(
-        self,
-        source: Source,
-        lease: Lease,
-        publisher: Publisher,
-        config: Config,
-        version: Version,
-        side_files: SideFiles,
-        path: str,
+        self, source: Source, lease: Lease, config: Config, version: Version, side_files: SideFiles, path: str
     ) -> None:
         """`path` is where its side files lie; `version` a head that is no tombstone."""
         super().__init__(source, lease.heads, config, version)
-        self._lease, self._publisher, self._side_files = lease, publisher, side_files
+        self._lease, self._publisher, self._side_files = lease, Publisher(source, lease), side_files
         self._housekeeper = Housekeeper(source, lease.heads, config)
         self._wrote = False
         self.publishing = False
@@ -302,7 +293,8 @@ class Database(State):
                 if (version.head.id, version.head.commit) == (self.version.head.id, self.version.head.commit):
                     return
                 self._fall_behind(now)
-            if owner is not None and self._is_overdue(now):
+            behind_s = now - (now if self._behind_s is None else self._behind_s)
+            if owner is not None and (self._refused or behind_s >= 2 * self._config.refresh_s):
                 raise Busy(f"{self._label}: a newer state waits for readers to finish")
 
     def _newest(self, now: float) -> Version:
@@ -325,9 +317,6 @@ class Database(State):
         self._behind_s = now if self._behind_s is None else self._behind_s
         self.checked_s = float("-inf")
         return self._behind_s
-
-    def _is_overdue(self, now: float) -> bool:
-        return self._refused or (self._behind_s is not None and now - self._behind_s >= 2 * self._config.refresh_s)
 
     def _begin_write(self, owner: Hashable) -> None:
         """It must start on the newest state, and hold the lease; the snapshot cannot move under the caller's SHARED."""

@@ -1,8 +1,7 @@
 """The FUSE face: translates file-system calls into calls of catalog.py, database.py and sidefiles.py. Decides nothing.
 
 Threads: libfuse calls from many at once; `_lock` protects the table of handles for moments. The kernel holds the
-directory locked during create and unlink, so those never look at the mounted path; `_inode_of` is called where a handle
-is at hand and no directory is locked.
+directory locked during create and unlink, so those never look at the mounted path; calls with a handle may.
 
 Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows.
 Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them."""
@@ -123,11 +122,10 @@ class FileSystem(Operations):
         if is_side_file(path):
             return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
-        shown = None if database is None else self._shown.get(database)
-        if database is not None and shown is not None and shown.handles and not database.is_gone:
-            is_link = "." not in path.rpartition("/")[2] and database.version.head.name is None
-            if not is_link:
-                return self._attributes(database)
+        shown = database and self._shown.get(database)
+        is_link = database and "." not in path.rpartition("/")[2] and database.version.head.name is None
+        if database and shown and shown.handles and not database.is_gone and not is_link:
+            return self._attributes(database)
         if (entry := self._names.lookup(path)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._attributes(entry)

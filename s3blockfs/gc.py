@@ -35,8 +35,7 @@ class Report(NamedTuple):
     deleted_bytes: int = 0
     kept: int = 0
     kept_bytes: int = 0
-    sparse: tuple[int, ...] = ()
-    """Live blocks in objects of which less than half is live: fold them as `extra_blocks`."""
+    sparse: tuple[int, ...] = ()  # live blocks in objects of which less than half is live: `extra_blocks` of a fold
 
 
 def collect(source: Source, heads: HeadFile, retain_s: float) -> Report:
@@ -84,8 +83,7 @@ def _raise_floor(
 
 
 def _reachable(source: Source, version: Version) -> tuple[set[str], list[Extent]]:
-    """The keys that a head and its roots need, and the extents of the head itself. Raises DamagedObject, also when one
-    of them is not there."""
+    """The keys that a head and its roots need, and the head's own extents. DamagedObject also when one is lost."""
     prefix, head = source.prefix, version.head
     keys = {snapshot.archive for snapshot in head.snapshots}
     leaves: set[LeafRef] = set()

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 from s3blockfs import errors
 from s3blockfs.config import Config
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError, StoreError, StoreUnavailable
-from s3blockfs.format import head as codec
-from s3blockfs.format.head import Archived, Head
+from s3blockfs.format.head import Archived, Head, decode, encode
 from s3blockfs.format.keys import NONCE_BYTES, archive_key, head_key
 from s3blockfs.objectstore import ObjectStore, StoredObject
 from s3blockfs.runtime import Runtime
@@ -52,8 +51,7 @@ class HeadFile:
         self._name = f"{store.name}/{self._key}"
         self._lock = threading.Lock()
         self.prefix = prefix
-        self.latest: Version | None = None
-        """The newest head that was read or written here, tombstones included."""
+        self.latest: Version | None = None  # the newest head that was read or written here, tombstones included
         self.cut_off_s: float | None = None
         """When it could not be read; readers go by `latest` until it can be, which is tried in the background."""
 
@@ -233,10 +231,10 @@ class HeadFile:
         for entry in self._store.list(f"{self.prefix}/archive/", site="settle"):
             if entry.key >= archive_key(self.prefix, rev, b""):
                 body = self._store.get(entry.key, site="settle").body
-                yield codec.decode(body, f"{self._store.name}/{entry.key}")
+                yield decode(body, f"{self._store.name}/{entry.key}")
 
     def _put(self, replaced: Version | None, head: Head) -> Version:
-        before, condition, body = self.latest, None if replaced is None else replaced.etag, codec.encode(head)
+        before, condition, body = self.latest, None if replaced is None else replaced.etag, encode(head)
         etag = self._store.put(self._key, body, site="swap", if_match=condition, if_absent=condition is None)
         made = Version(head, etag, body)
         self._seen(before, made)
@@ -251,7 +249,7 @@ class HeadFile:
             return self.latest
 
     def _version(self, found: StoredObject) -> Version:
-        return Version(codec.decode(found.body, self._name), found.etag, found.body)
+        return Version(decode(found.body, self._name), found.etag, found.body)
 
     def _nonce(self) -> bytes:
         return self._runtime.token(NONCE_BYTES)

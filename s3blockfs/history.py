@@ -5,22 +5,20 @@ the first kept head with a seq of at least s only ever *added* to the state righ
 everything newer is ignored. Kept are the *roots*: archives with a rev above the floor, those that a named snapshot
 pins, and the head itself. What was displaced before the first root of this database above the floor, or under another
 name before a copy, cannot be seen here. An extent uploaded here above the floor was swapped in above it, too; any other
-one may have displaced something unseen, so that root shows no commit that is older than such an extent.
-Thread rule: any thread."""
+one may have displaced something unseen, so that root shows no commit older than such an extent. Threads: any."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import chain
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from s3blockfs import errors
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.config import duration_s
-from s3blockfs.format import head as codec
 from s3blockfs.format.data import Commit
-from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot
+from s3blockfs.format.head import LABEL, Archived, Head, NamedSnapshot, decode
 from s3blockfs.format.keys import archive_key, head_key, rev_of
 from s3blockfs.head import HeadFile
 from s3blockfs.objectstore import Listed
@@ -63,8 +61,7 @@ def roots(source: Source, head: Head, wrong: Callable[[errors.S3BlockFSError], o
 def dated(source: Source, site: str) -> list[tuple[int, Listed]]:
     """Every object of ours with the rev in its name; what is not ours is left out."""
     folders = (source.store.list(f"{source.prefix}/{folder}/", site=site) for folder in ("data", "map", "archive"))
-    found = ((rev_of(source.prefix, entry.key), entry) for entry in chain.from_iterable(folders))
-    return [(rev, entry) for rev, entry in found if rev is not None]
+    return [(rev, e) for e in chain.from_iterable(folders) if (rev := rev_of(source.prefix, e.key)) is not None]
 
 
 def require_newest(source: Source, head: Head, listed: Iterable[tuple[int, Listed]]) -> None:
@@ -81,7 +78,7 @@ def archived(source: Source, key: str) -> Version:
     if rev_of(source.prefix, key) is None:
         raise errors.DamagedObject(f"{source.name_of(source.prefix)}: refers to {key[:99]!r}, which is none of its own")
     found = source.store.get(key, site="roots")
-    head = codec.decode(found.body, source.name_of(key))
+    head = decode(found.body, source.name_of(key))
     if key != archive_key(source.prefix, head.rev, head.nonce):
         raise errors.DamagedObject(f"{source.name_of(key)}: not the head that its name says")
     return Version(head, found.etag, found.body)
@@ -165,19 +162,19 @@ def _under_one_floor(source: Source, heads: HeadFile, look: Callable[[Version], 
     while True:
         if (version := heads.read()) is None or version.head.deleted:
             raise errors.DatabaseNotFound(f"{source.name_of(source.prefix)}: no such database")
+        result: T | errors.S3BlockFSError
         try:
-            result, failure = look(version), None
+            result = look(version)
         except errors.S3BlockFSError as error:
-            result, failure = None, error
+            result = error
         if (now := heads.read()) is None or now.head.floor == version.head.floor:
-            if failure is not None:
-                raise failure
-            return cast(T, result)
+            if isinstance(result, errors.S3BlockFSError):
+                raise result
+            return result
 
 
 def _timeline(source: Source, version: Version, first: int) -> Iterator[tuple[Version, list[Commit]]]:
-    """Each root that shows the commit `first` or later ones, oldest first, with the commits to be opened by way of it:
-    those after the root before."""
+    """Each root that shows commit `first` or later ones, oldest first, with the commits after the root before it."""
     shown, vouching = 0, None
     for root in chain(roots(source, version.head), [version]):
         head = root.head

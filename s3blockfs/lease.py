@@ -56,7 +56,7 @@ class Lease:
     """Who of this process writes to one database, and this process's lease on it."""
 
     def __init__(self, heads: HeadFile, runtime: Runtime, config: Config, writer: str) -> None:
-        self.heads, self._runtime = heads, runtime
+        self.heads, self.writer, self._runtime = heads, writer, runtime
         self._lease_s, self._deadline_s = config.lease_s, config.request_deadline_s
         self._owner = f"{writer}:{runtime.token(4).hex()}"
         self._lock, self._line = threading.Lock(), threading.Lock()
@@ -79,8 +79,7 @@ class Lease:
         return self._held and fresh and latest is not None and self._is_own(latest.head.lease)
 
     def ask(self, owner: Hashable) -> None:
-        """Before a write lock is looked at: a pause in which others line up, when one is due. Raises Busy when it is
-        somebody else's turn here."""
+        """Before a write lock is looked at: a pause for others to line up, if due. Busy: it is another's turn here."""
         self._runtime.sleep(max(self._rest_until_s - self._runtime.monotonic(), 0.0))
         now = self._runtime.monotonic()
         with self._line:

@@ -10,8 +10,7 @@ and that library pads; a cut that died half-way leaves a hole) the file ends if 
 Journals do have short blocks, since SQLite leaves gaps before their headers. (By its sum of sizes that library then
 misses the rest of a journal, and rolls back in part: measured. Here it is rolled back as SQLite does on a disk.)
 
-Thread rule: any thread. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere.
-"""
+Threads: any. A `Version` with a made-up head (rev 0) and its snapshot stands for such a database everywhere."""
 
 import hashlib
 import itertools
@@ -60,8 +59,7 @@ class _Blocks:
         self.size = max((number * self.block_size + size for number, (size, _) in self.rows.items()), default=0)
         self.total = sum(size for size, _ in self.rows.values())
         full = next(n for n in itertools.count() if self.rows.get(n, (0,))[0] < max(self.block_size, 1))
-        self.solid = full * self.block_size + self.rows.get(full, (0,))[0]
-        """Up to here nothing is missing."""
+        self.solid = full * self.block_size + self.rows.get(full, (0,))[0]  # up to here nothing is missing
 
     def read(self, offset: int, length: int) -> bytes:
         """Fewer bytes at the end. Raises DatabaseGone when a block is not the one listed any more."""
@@ -158,9 +156,8 @@ def _roll_back(store: ObjectStore, leftover: _Blocks, over: Dirty) -> int | None
         return None
     name = journal.super_journal(read, leftover.size)
     size = journal.size_before(read, leftover.size)
-    if name is not None and not (is_prefix(name) and any(store.list(f"{name}/", site="legacy", max_keys=1))):
-        size = None  # committed; a name that no key can have is that of nothing
-    if size is None:
+    is_there = name is None or (is_prefix(name) and any(store.list(f"{name}/", site="legacy", max_keys=1)))
+    if size is None or not is_there:  # committed; a name that no key can have is that of nothing
         return None
     for offset, image in journal.page_images(read, leftover.size, hot=True):
         if offset < size:
@@ -238,11 +235,7 @@ class AnyHead(HeadFile):
         return gone
 
     def convert(
-        self,
-        version: Version,
-        most_bytes: int = CONVERT_BYTES,
-        keep: bool = False,
-        progress: Progress = lambda *_: None,
+        self, version: Version, limit: int = CONVERT_BYTES, keep: bool = False, progress: Progress = lambda *_: None
     ) -> Version:
         """Copy the bytes into block objects, create the head, delete the old keys unless `keep`. No commit: the bytes
         stay as they are. Until there is a head the old store is as it was, and from then on it counts for nothing; so
@@ -251,7 +244,7 @@ class AnyHead(HeadFile):
         if not isinstance(snapshot, LegacySnapshot):
             return version
         name = self._source.name_of(self.prefix)
-        if head.size > most_bytes:
+        if head.size > limit:
             raise errors.ReadOnly(f"{name}: large and in sqlite-s3vfs's layout; convert it with s3blockfs adopt {name}")
         uploads = Uploads(self._source, self._config, head, head.seq)
         step = slots_per_object(head.block_size)

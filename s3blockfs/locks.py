@@ -19,6 +19,7 @@ TO_END = 2**63 - 1  # the largest offset of a lock, the kernel's OFFSET_MAX: "to
 #: Where SQLite locks a database file: https://sqlite.org/lockingv3.html, `PENDING_BYTE` in its src/os.h.
 PENDING_BYTE, RESERVED_BYTE = 0x40000000, 0x40000001
 SHARED_FIRST, SHARED_SIZE = 0x40000002, 510
+SHARED_LAST = SHARED_FIRST + SHARED_SIZE - 1
 
 POLL_S = 0.05  # how often a waiter asks whether its caller gave up: a killed process stays until it answers
 
@@ -96,15 +97,14 @@ class RangeLocks:
 
     def level(self, owner: Hashable) -> Level:
         """What SQLite calls the locks of `owner` on a database file (not on `-shm`, where the bytes mean WAL locks)."""
-        last = SHARED_FIRST + SHARED_SIZE - 1
         own = [lock for lock in self._held if lock.owner == owner]
         written = [lock for lock in own if lock.kind is Kind.WRITE]
-        if any(lock.start <= SHARED_FIRST and last <= lock.end for lock in written):
+        if any(lock.start <= SHARED_FIRST and lock.end >= SHARED_LAST for lock in written):
             return Level.EXCLUSIVE
         if any(lock.overlaps(PENDING_BYTE, RESERVED_BYTE) for lock in written):
             return Level.RESERVED
         # Any byte of the range: whoever might read counts.
-        return Level.SHARED if any(lock.overlaps(SHARED_FIRST, last) for lock in own) else Level.NONE
+        return Level.SHARED if any(lock.overlaps(SHARED_FIRST, SHARED_LAST) for lock in own) else Level.NONE
 
     def writers(self) -> list[tuple[Hashable, int]]:
         """(owner, pid) of everybody at RESERVED or above."""

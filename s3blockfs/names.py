@@ -46,10 +46,8 @@ class Entry:
     is_folder: bool
     size: int = 0
     modified_s: float = 0.0
-    shown_as: str | None = None
-    """The name in a listing, where it is another one than was asked for."""
-    is_past: bool = False
-    """Cannot be changed."""
+    shown_as: str | None = None  # the name in a listing, where it is another one than was asked for
+    is_past: bool = False  # cannot be changed
 
 
 class Names:
@@ -86,9 +84,8 @@ class Names:
             version = self._head(prefix := join(self._root, alias))
             if version is not None and not version.head.deleted and version.head.name is None:
                 return _entry(prefix, version)
-        if path.endswith(DATABASE_SUFFIXES):
-            return None
-        return Entry(join(self._root, path), is_folder=True) if self._is_folder(path) else None
+        is_folder = not path.endswith(DATABASE_SUFFIXES) and self._is_folder(path)
+        return Entry(join(self._root, path), is_folder=True) if is_folder else None
 
     def listing(self, folder: str) -> list[tuple[str, Entry]]:
         """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""

@@ -1,5 +1,4 @@
-"""Tell systemd (Type=notify) that we are ready, over the datagram socket that $NOTIFY_SOCKET names; see sd_notify(3).
-Without that variable nothing happens."""
+"""Tell systemd (Type=notify) that we are ready, over the socket that $NOTIFY_SOCKET names, if it does; sd_notify(3)."""
 
 import os
 import socket

@@ -14,8 +14,7 @@ class StoredObject:
 
     body: bytes
     etag: str
-    modified_s: float
-    """Last-Modified, seconds since the epoch, by the store's clock."""
+    modified_s: float  # Last-Modified, seconds since the epoch, by the store's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,7 @@ class ObjectStore(Protocol):
         anything else: it was not applied."""
 
     def copy(self, source: str, target: str, *, site: str) -> None:
-        """Copy inside the bucket without downloading, to a key that is used once, so it is retried; up to 5 GB.
-        Raises ObjectNotFound when there is no `source`."""
+        """Copy up to 5 GB inside the bucket, to a key that is used once, so it is retried. Raises ObjectNotFound."""
 
     def delete(self, keys: Sequence[str], *, site: str) -> None:
         """Delete these keys; a missing one is no error. Any number of keys."""

@@ -1,7 +1,6 @@
 """Read-ahead: notices a sequential reader and says what to fetch before it asks. Pure; no I/O, no threads.
 
-The window doubles with every range asked for: a point read costs one block, a long scan soon reads megabytes a request.
-"""
+The window doubles with every range asked for: a point read costs one block, a long scan soon megabytes a request."""
 
 from s3blockfs.format.data import OBJECT_BYTES
 

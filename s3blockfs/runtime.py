@@ -1,8 +1,7 @@
 """Clock, randomness and threads, injected everywhere so that a simulation can replay a seed.
 
 This is the only module that may touch `time`, `os.urandom` or start threads for the engine (ruff TID251 bans the
-globals elsewhere). Wall clocks are not offered at all: time stamps come from the store (`ObjectStore.server_time_s`).
-"""
+globals elsewhere). Wall clocks are not offered: time stamps come from the store (`ObjectStore.server_time_s`)."""
 
 import logging
 import os

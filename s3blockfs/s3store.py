@@ -121,8 +121,8 @@ class S3Store:
         asked = {"ServerSideEncryption": sse or (sse_kms_key_id and "aws:kms"), "SSEKMSKeyId": sse_kms_key_id}
         self._encryption: dict[str, Any] = {name: value for name, value in asked.items() if value}
         self._attempt = threading.local()  # `deadline` and `read_timeout_s` of this thread's call
+        # The store's clock and ours at its last answer; one tuple, so that threads replace both at once.
         self._date: tuple[float, float] | None = None
-        """The store's clock and ours at its last answer; one tuple, so that threads replace both at once."""
         keys = {"aws_access_key_id": access_key, "aws_secret_access_key": secret_key}
         self._connect = partial(self._new_client, like, endpoint_url, region, profile, keys)
         self._renewing, self._renew_after_s = threading.Lock(), 0.0
@@ -412,8 +412,7 @@ class _Upload(io.BytesIO):
 
 
 def _explain(error: Exception) -> tuple[type[errors.StoreError], str, str]:
-    """The exception to raise, its text, and a short reason for it: never the SDK's own text, which may hold URLs, nor
-    the store's, which may hold anything."""
+    """The exception to raise, its text, and a short reason for it: never a text of the SDK or of the store."""
     reason = type(error).__name__
     words: Sequence[object] = type(error).__mro__
     if isinstance(error, sdk.ClientError):

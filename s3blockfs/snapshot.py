@@ -44,8 +44,7 @@ class Version(NamedTuple):
     head: Head
     etag: str
     body: bytes
-    snapshot: Snapshot | None = None
-    """What reads it, where no head is stored: a database of sqlite-s3vfs."""
+    snapshot: Snapshot | None = None  # what reads it, where no head is stored: a database of sqlite-s3vfs
 
 
 class Piece(NamedTuple):
@@ -298,19 +297,12 @@ def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | 
 
 def _head_at(head: Head, record: Commit, block_map: BlockMap) -> Head:
     """What this head would have been right after an earlier commit; its counter is not known."""
-    at = record.seq
-    return replace(
-        head,
-        seq=at,
-        commit=record.id,
-        size=record.size,
-        time_ms=record.time_ms,
-        counter=None,
-        segments=tuple(s._replace(last_seq=min(s.last_seq, at)) for s in head.segments if s.first_seq <= at),
-        extents=tuple(extent for extent in block_map.find(0, NO_END) if extent.seq <= at),
-        leaves=(),
-        tail=Tail.of(commit for commit in head.tail.commits if commit.record.seq <= at),
-    )
+    at, commit_id, time_ms, size, _ = record
+    segments = tuple(s._replace(last_seq=min(s.last_seq, at)) for s in head.segments if s.first_seq <= at)
+    extents = tuple(extent for extent in block_map.find(0, NO_END) if extent.seq <= at)
+    tail = Tail.of(commit for commit in head.tail.commits if commit.record.seq <= at)
+    head = replace(head, seq=at, commit=commit_id, size=size, time_ms=time_ms, counter=None)
+    return replace(head, segments=segments, extents=extents, leaves=(), tail=tail)
 
 
 def _assembled(low: int, high: int, plan: Sequence[Piece], frames: Iterator[bytes]) -> bytes:

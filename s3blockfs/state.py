@@ -1,8 +1,7 @@
 """Which committed state a database shows on this machine, and whether it may be used: loading, moving, doubt, the end.
 
 The rules of transactions are in `database.py`, which builds on this. Threads: `_gate` serialises lock calls, `_writing`
-everything that changes state, `_mutex` protects single moments and is never held during a request to the store. Order:
-_gate > _writing > _mutex.
+what changes state, `_mutex` protects moments, never during a request to the store. Order: _gate > _writing > _mutex.
 
 Invariants: while `_doubt` or `_unloaded` is set nothing is read, written or published. `on_moved` is called after the
 snapshot was switched, holding at most `_gate`, never from a read or write: it waits for those in flight."""
@@ -37,8 +36,7 @@ class State:
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
         self.prefix = source.prefix
-        self.on_moved: Callable[[], None] = lambda: None
-        """Called when cached copies of any byte may be stale."""
+        self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
     @property
     def size(self) -> int:

@@ -73,26 +73,14 @@ def put_state(state: Snapshot, origin: Source, place: Place, writer: str, commit
             if any(rev <= replaced.floor for rev in used) and not pinned:
                 raise Busy(f"{store.name}/{target.prefix}: took longer than the retention; try again")
         encoded = upload_map(target, block_map, 0 if replaced is None else replaced.rev)
+        floor, snapshots = (0, ()) if replaced is None else (replaced.floor, replaced.snapshots)
         seq = max(state.head.seq, 0 if replaced is None else replaced.seq) + 1
         time_ms = int(store.server_time_s() * 1000)
         record = Commit(seq, commit_id, time_ms, state.head.size, state.head.size)
-        return replace(
-            state.head,
-            id=database_id,
-            seq=seq,
-            commit=commit_id,
-            writer=writer,
-            time_ms=time_ms,
-            floor=0 if replaced is None else replaced.floor,
-            name=place.name,
-            counter=counter,
-            lease=None,
-            segments=segments,
-            snapshots=() if replaced is None else replaced.snapshots,
-            extents=encoded.extents,
-            leaves=encoded.leaves,
-            tail=Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches))),
-        )
+        tail = Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches)))
+        head = replace(state.head, id=database_id, seq=seq, commit=commit_id, writer=writer, time_ms=time_ms)
+        head = replace(head, name=place.name, floor=floor, snapshots=snapshots, counter=counter, lease=None)
+        return replace(head, segments=segments, extents=encoded.extents, leaves=encoded.leaves, tail=tail)
 
     return place.heads.swap(base, make, archives=old is not None and not old.deleted)
 
@@ -125,15 +113,11 @@ def rename(origin: Source, heads: HeadFile, state: Snapshot, place: Place, write
     except DatabaseNotFound:  # deleted by others, or by us and the answer was lost: what was copied may be all there is
         return heads.latest or state.version, moved
     except Busy:
+        target, over, base, _ = place
         if moved.head.commit == commit_id:  # else others have gone on with it
-            _put_back(place, moved, writer)
+            # To undo it is a commit of its own, so that seq goes on. Busy when somebody commits on it meanwhile.
+            if base is None or base.head.deleted:
+                bury(target, over, moved, writer, same_commit=True)
+            else:
+                put_state(Snapshot.load(target, base), target, Place(target, over, moved, base.head.name), writer)
         raise
-
-
-def _put_back(place: Place, moved: Version, writer: str) -> None:
-    """Undo `put_state`, unless somebody has committed on it: Busy. It is a commit of its own, so that seq goes on."""
-    target, heads, base, _ = place
-    if base is None or base.head.deleted:
-        bury(target, heads, moved, writer, same_commit=True)
-    else:
-        put_state(Snapshot.load(target, base), target, Place(target, heads, moved, base.head.name), writer)

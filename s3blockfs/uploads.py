@@ -12,8 +12,7 @@ from s3blockfs.blockmap import BlockMap, EncodedMap, joined
 from s3blockfs.config import Config
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreError, StoreUnavailable
-from s3blockfs.format import data as codec
-from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, Commit, slots_per_object
+from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, BuiltObject, Commit, Index, build, slots_per_object
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
@@ -31,10 +30,8 @@ class Uploads:
         self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
         self.patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
         self._most = max(1, min(config.memory // OBJECT_BYTES, IO_THREADS // 2))  # the rest is for other databases
-        self.deadline: float | None = None
-        """Set by the commit: when everything has to be stored."""
-        self.blocks: dict[int, tuple[ObjectRef, int]] = {}
-        """Which slot holds each block that is still as uploaded."""
+        self.deadline: float | None = None  # set by the commit: when everything has to be stored
+        self.blocks: dict[int, tuple[ObjectRef, int]] = {}  # which slot holds each block that is still as uploaded
 
     def stream(self, dirty: Dirty, first: int, end: int) -> None:
         """Blocks first..end were written: upload a block object's worth, ahead of the commit, as soon as all of it is
@@ -52,7 +49,7 @@ class Uploads:
         size = self._block_size
         ref = self._source.new_ref(self._rev)
         frames = [(number * size, self._seq, data.ljust(size, b"\0")) for number, data in blocks]
-        self._upload(ref, codec.build(ref.uid, BASE, frames).body, ahead)
+        self._upload(ref, build(ref.uid, BASE, frames).body, ahead)
         self.blocks.update((number, (ref, slot)) for slot, (number, _) in enumerate(blocks))
 
     def put_segment(self, frames: Sequence[tuple[int, bytes]]) -> Segment:
@@ -110,11 +107,11 @@ def upload_map(source: Source, block_map: BlockMap, rev: int) -> EncodedMap:
 
 def build_segment(
     source: Source, rev: int, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit]
-) -> tuple[Segment, codec.BuiltObject]:
+) -> tuple[Segment, BuiltObject]:
     """A data object in the log role from (offset, seq, bytes) frames, and what the head says of it."""
     ref = source.new_ref(rev)
-    built = codec.build(ref.uid, LOG, frames, commits)
-    source.remember_index(ref, codec.Index(tuple(commits), built.entries))
+    built = build(ref.uid, LOG, frames, commits)
+    source.remember_index(ref, Index(tuple(commits), built.entries))
     seqs = [seq for _, seq, _ in frames] + [record.seq for record in commits]
     index = (built.index_pos, built.index_length, built.index_crc)
     return Segment(ref, min(seqs), max(seqs), len(built.body), *index), built

@@ -1,5 +1,4 @@
-"""The in-process face: an APSW VFS that translates SQLite's calls into calls of catalog.py, database.py and
-sidefiles.py. Decides nothing. Needs no libfuse.
+"""The in-process face: an APSW VFS, which turns SQLite's calls into the engine's. Decides nothing, needs no libfuse.
 
 Every connection has a Database of its own, with its own snapshot and transaction. SQLite opens a journal by its name
 and does not say for which connection, so `xFullPathname` gives every open its own name, `acme.sqlite#1f`.
@@ -33,7 +32,7 @@ from s3blockfs.config import KIB, MIB, Config
 from s3blockfs.database import Database
 from s3blockfs.format.head import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from s3blockfs.journal import HEADER_BYTES, is_hot
-from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, TO_END, Kind
+from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, TO_END, Kind
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime, uninterrupted
 from s3blockfs.s3store import S3Store
@@ -46,12 +45,11 @@ log = logging.getLogger(__name__)
 _TEMPORARY = apsw.SQLITE_OPEN_TEMP_DB | apsw.SQLITE_OPEN_TEMP_JOURNAL
 _TEMPORARY |= apsw.SQLITE_OPEN_TRANSIENT_DB | apsw.SQLITE_OPEN_SUBJOURNAL
 
-_READABLE = SHARED_FIRST, SHARED_FIRST + SHARED_SIZE - 1
 #: What each level locks. PENDING would hold back other owners, and a connection's Database has but one.
 _LOCKS = {
-    apsw.SQLITE_LOCK_SHARED: (Kind.READ, *_READABLE),
+    apsw.SQLITE_LOCK_SHARED: (Kind.READ, SHARED_FIRST, SHARED_LAST),
     apsw.SQLITE_LOCK_RESERVED: (Kind.WRITE, RESERVED_BYTE, RESERVED_BYTE),
-    apsw.SQLITE_LOCK_EXCLUSIVE: (Kind.WRITE, *_READABLE),
+    apsw.SQLITE_LOCK_EXCLUSIVE: (Kind.WRITE, SHARED_FIRST, SHARED_LAST),
 }
 
 _CANNOT_OPEN = (errors.AccessDenied, errors.DatabaseNotFound, errors.NewerFormat, errors.NotSupported)
@@ -286,17 +284,11 @@ class _File:
     def __init__(self) -> None:
         self.pid = os.getpid()
 
-    def xFileControl(self, operation: int, pointer: int) -> bool:
+    def _nothing(self, *_: Any, **__: Any) -> Any:
+        """SQLite's defaults. Side files live and die with this process, and the last reference closes them."""
         return False
 
-    def xSectorSize(self) -> int:
-        return 0  # SQLite's default
-
-    def xSync(self, flags: int) -> None:
-        """Side files live and die with this process."""
-
-    def xClose(self) -> None:
-        """The last reference closes them."""
+    xClose = xFileControl = xSectorSize = xSync = _nothing
 
 
 @_translated

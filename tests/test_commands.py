@@ -204,15 +204,15 @@ def test_requests_are_counted_by_outcome() -> None:
         error.response = {"ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]
         raise error
 
-    assert metrics.request("here", lambda: 5) == 5
+    assert metrics.request("counted", lambda: 5) == 5
     for status in (412, 412, 503):
         with pytest.raises(Exception, match="no"):
-            metrics.request("here", lambda status=status: answer(status))  # type: ignore[misc]
+            metrics.request("counted", lambda status=status: answer(status))  # type: ignore[misc]
     with pytest.raises(TimeoutError):
-        metrics.request("here", lambda: (_ for _ in ()).throw(TimeoutError()))
-    counted = {outcome: figure("requests", site="here", outcome=outcome) for outcome in ("ok", "412", "503")}
+        metrics.request("counted", lambda: (_ for _ in ()).throw(TimeoutError()))
+    counted = {outcome: figure("requests", site="counted", outcome=outcome) for outcome in ("ok", "412", "503")}
     assert counted == {"ok": 1, "412": 2, "503": 1}
-    assert figure("requests", site="here", outcome="TimeoutError") == 1
+    assert figure("requests", site="counted", outcome="TimeoutError") == 1
 
 
 def test_commits_and_their_failures_are_counted(scene: Scene) -> None:

@@ -130,7 +130,7 @@ def test_a_large_one_needs_adopt(world: World, bucket: MemoryBucket, monkeypatch
     assert whole(database) == before == s3vfs.content(bucket, P)
     process.unlock()
     steps: list[tuple[int, int]] = []
-    adopt(world, most_bytes=1 << 60, progress=lambda done, total: steps.append((done, total)))
+    adopt(world, limit=1 << 60, progress=lambda done, total: steps.append((done, total)))
     assert steps[-1] == (len(before), len(before))
     process.begin()
     process.commit()

@@ -1,7 +1,6 @@
 """`s3blockfs doctor [BUCKET[/PREFIX]]`: what this machine and this bucket lack, and how to fix it.
 
-Every check is tried, also after one that failed, unless it makes no sense any more (a bucket that cannot be reached).
-"""
+Every check is tried, also after one that failed, unless it makes no sense then (a bucket that cannot be reached)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What commands share: their options, targets, and the databases they lead to.
 
 Every field of `Config` is an option; its type decides how the text is read. Each option is also an environment variable
-`S3BLOCKFS_<OPTION>`; the flag wins. A command's function gets only its own arguments: the options are in `settings()`.
-"""
+`S3BLOCKFS_<OPTION>`; the flag wins. A command's function gets only its own arguments: options are in `settings()`."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ def address(text: str) -> str:
 
 
 class Target(NamedTuple):
-    """A bucket, a key prefix without slashes at its ends (empty: the whole bucket), and the name of a database in it
-    where one is meant."""
+    """A bucket, a key prefix without slashes at its ends (empty: the whole bucket), and a database's name, if any."""
 
     bucket: str
     prefix: str

@@ -136,8 +136,7 @@ def _refuse(*paths: Path) -> None:
 
 
 def _replace(target: Path, sides: list[Path], pieces: Iterator[bytes], force: bool) -> None:
-    """Under another name first. Side files of the old FILE must not be played into the new one: it goes before them, so
-    that there is none at all in between."""
+    """Under another name first. The old FILE goes before its side files, which must not be played into the new one."""
     descriptor, name = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
     new = Path(name)
     try:

@@ -51,8 +51,7 @@ class Lease(NamedTuple):
     owner: str
     nonce: str
     seconds: int
-    waiting: tuple[str, ...] = ()
-    """Who is to have it next, in this order."""
+    waiting: tuple[str, ...] = ()  # who is to have it next, in this order
 
 
 class NamedSnapshot(NamedTuple):
@@ -144,8 +143,7 @@ class Head:
     segments: Annotated[tuple[Segment, ...], partial(_rows, Segment, (_ref, *[_count] * 6))] = ()
     snapshots: Annotated[tuple[NamedSnapshot, ...], partial(_rows, NamedSnapshot, (_text, _text))] = ()
     leaves: Annotated[tuple[LeafRef, ...], partial(_rows, LeafRef, (*[_count] * 3, partial(_hex, 8), _count))] = ()
-    extents: tuple[Extent, ...] = ()
-    """The inline map; empty when there are leaves."""
+    extents: tuple[Extent, ...] = ()  # the inline map; empty when there are leaves
     tail: Tail = field(default_factory=Tail)
 
 

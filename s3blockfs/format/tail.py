@@ -1,8 +1,7 @@
 """The tail: recent commits carried inside the head, so that a small commit is one PUT.
 
 A chunk is compressed with its previous version in this tail as zlib dictionary (a one-row commit changes 8-14 KiB of
-pages but about 1 KiB of information), so appending costs the new commit only; a tail is always decoded from its start.
-"""
+pages but about 1 KiB of information), so appending costs the new commit only; a tail is decoded from its start."""
 
 from __future__ import annotations
 

@@ -40,25 +40,24 @@ def never_looks_back() -> None:
 def buries_first() -> None:
     """A rename deletes the source before there is a target."""
 
-    def rename(
-        origin: Any, heads: Any, state: Any, target: Any, over: Any, base: Any, name: Any, writer: str
-    ) -> tuple[Version, Version]:
+    def rename(origin: Any, heads: Any, state: Any, place: Any, writer: str) -> tuple[Version, Version]:
         buried = bury(origin, heads, state.version, writer, same_commit=True)
-        return buried, put_state(state, origin, target, over, base, name, writer)
+        return buried, put_state(state, origin, place, writer)
 
     catalog.rename = rename
 
 
 def clears_first() -> None:
     """A conversion deletes the old keys before there is a head."""
-    convert, create = AnyHead.convert, AnyHead.create
+    convert, swap = AnyHead.convert, AnyHead.swap
 
     def remembers(heads: Any, version: Version, *more: Any, **options: Any) -> Version:
         heads.old = version.snapshot
         return convert(heads, version, *more, **options)
 
-    def clears(heads: Any, *more: Any) -> Version:
-        heads._clear(heads.old)
-        return create(heads, *more)
+    def clears(heads: Any, base: Version | None, *more: Any, **options: Any) -> Version:
+        if base is None and getattr(heads, "old", None) is not None:
+            heads._clear(heads.old)
+        return swap(heads, base, *more, **options)
 
-    AnyHead.convert, AnyHead.create = remembers, clears  # type: ignore[method-assign]
+    AnyHead.convert, AnyHead.swap = remembers, clears  # type: ignore[method-assign]
