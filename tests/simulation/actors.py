@@ -47,8 +47,12 @@ class Operators:
             fold(source, heads, self.config, version, extra)
 
     def collect(self) -> None:
-        source, heads = self.catalog.at(self._path())
-        gc.collect(source, heads, self.rng.choice([0.0, 5.0, 60.0, 600.0]))
+        """Also right after a swap that was no commit, so that uploads of somebody's open transaction are let go."""
+        path = self._path()
+        source, heads = self.catalog.at(path)
+        if self.rng.random() < 0.5:
+            self.keep(path)
+        gc.collect(source, heads, self.rng.choice([0.0, 0.0, 5.0, 60.0, 600.0]))
 
     def clean_up(self) -> None:
         source, heads = self.catalog.at(self._path())
@@ -96,9 +100,9 @@ class Operators:
         with self.oracle.intending(Intent("restore", self.node.name, path, lambda found: masked(found) == wanted)):
             self.catalog.copy(path, path, overwrite=True, at=chosen.seq)
 
-    def keep(self) -> None:
+    def keep(self, path: str | None = None) -> None:
         """Name a state, or let one go."""
-        source, heads, version = self.catalog.find(self._path())
+        source, heads, version = self.catalog.find(path or self._path())
         labels = [snapshot.label for snapshot in version.head.snapshots]
         if labels and self.rng.random() < 0.5:
             history.forget(source, heads, version, self.rng.choice(labels))
