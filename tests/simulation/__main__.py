@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from random import SystemRandom
 
 from simulation import mutants
@@ -21,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=100, help="how many runs (default 100)")
     parser.add_argument("--first", type=int, help="the first seed (default: random)")
     parser.add_argument("--seed", type=int, help="run this one alone, and print what happened")
-    parser.add_argument("--actors", help="for --seed: only these, separated by commas")
+    parser.add_argument("--actors", help="only these, separated by commas")
     parser.add_argument("--faults", help="for --seed: only these")
     parser.add_argument("--rounds", type=int, help="for --seed: how often each actor acts")
     parser.add_argument("--no-shrink", action="store_true", help="do not look for a shorter run that fails")
@@ -30,12 +31,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen(options: argparse.Namespace) -> tuple[str, ...]:
+    from simulation.world import ACTORS
+
+    return tuple(actor for actor in ACTORS if actor in (options.actors or "").split(","))
+
+
 def one(options: argparse.Namespace) -> int:
     from simulation.shrink import text_of
-    from simulation.world import ACTORS, Plan, simulate
+    from simulation.world import Plan, simulate
 
     plan = Plan.of(options.seed)
-    actors = tuple(actor for actor in ACTORS if actor in (options.actors or "").split(",")) or plan.actors
+    actors = chosen(options) or plan.actors
     faults = plan.faults if options.faults is None else tuple(filter(None, options.faults.split(",")))
     run = simulate(Plan(options.seed, actors, faults, options.rounds or plan.rounds))
     print(text_of(run))
@@ -54,7 +61,8 @@ def many(options: argparse.Namespace) -> int:
     seeds = steps = commits = 0
     shown = time.monotonic()
     while time.monotonic() < end if end is not None else seeds < options.seeds:
-        run = simulate(Plan.of(first + seeds))
+        plan = Plan.of(first + seeds)
+        run = simulate(replace(plan, actors=chosen(options) or plan.actors))
         seeds, steps, commits = seeds + 1, steps + run.steps, commits + run.commits
         if run.failure is not None:
             print(f"seed {run.plan.seed}: {run.failure}", flush=True)
@@ -76,6 +84,7 @@ def hunt(options: argparse.Namespace) -> int:
     missed = []
     for name in chosen:
         line = [sys.executable, "-m", "simulation", "--mutant", name, "--no-shrink"]
+        line += ["--actors", mutants.MUTANTS[name].actors]
         began = time.monotonic()
         done = subprocess.run(
             [*line, "--first", str(first), "--seeds", str(MUTANT_SEEDS)], capture_output=True, text=True, check=False

@@ -21,10 +21,14 @@ class Mutant(NamedTuple):
     module: str
     old: str
     new: str
+    actors: str = ""
+    """Who is enough to bring it about; fewer actors meet more often."""
 
 
 MUTANTS = {
-    "no floor check on uploads": Mutant("commit", "if any(ref.rev <= replaced.floor for ref in refs):", "if False:"),
+    "no floor check on uploads": Mutant(
+        "commit", "if any(ref.rev <= replaced.floor for ref in refs):", "if False:", "client-a,client-b,collect,keep"
+    ),
     "no archives": Mutant("head", "(archives or _drops(current.head, head))", "False"),
     "no nonce in the head": Mutant("head", "nonce=self._nonce(), archived=last", "nonce=bytes(8), archived=last"),
     "seq as identity": Mutant(
