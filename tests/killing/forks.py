@@ -36,7 +36,7 @@ class Process:
         self.pid, self.report = pid, report
         self._server = server
         self._ended = os.pidfd_open(pid)  # it cannot be another one's: nobody but `wait` takes its exit code
-        self._lock = threading.Lock()  # `signal` may be called while this is released
+        self._lock = threading.RLock()  # a request may kill it at the moment when it is released
         self._code: int | None = None
 
     def fileno(self) -> int:
@@ -58,9 +58,10 @@ class Process:
 
     def kill(self) -> None:
         """Returns when it is dead: all its threads, its files and sockets closed."""
-        self.signal()
-        if not self.ends():
-            raise Hung(f"process {self.pid} survived SIGKILL")
+        with self._lock:
+            self.signal()
+            if not self.ends():
+                raise Hung(f"process {self.pid} survived SIGKILL")
 
     def wait(self, seconds: float = PATIENCE_S) -> int:
         """Its exit code; negative: the signal."""
