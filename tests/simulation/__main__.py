@@ -10,6 +10,7 @@ import time
 import traceback
 from dataclasses import replace
 from random import SystemRandom
+from typing import Any
 
 from simulation import mutants
 
@@ -23,28 +24,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, help="the first seed (default: random)")
     parser.add_argument("--seed", type=int, help="run this one alone, and print what happened")
     parser.add_argument("--actors", help="only these, separated by commas")
-    parser.add_argument("--faults", help="for --seed: only these")
-    parser.add_argument("--rounds", type=int, help="for --seed: how often each actor acts")
+    parser.add_argument("--faults", help="only these")
+    parser.add_argument("--rounds", type=int, help="how often each actor acts")
     parser.add_argument("--no-shrink", action="store_true", help="do not look for a shorter run that fails")
     parser.add_argument("--mutant", choices=mutants.MUTANTS, help="put this fault into the engine")
     parser.add_argument("--mutants", type=int, metavar="N", help="see that N of the mutants are found (0: all)")
     return parser.parse_args()
 
 
-def chosen(options: argparse.Namespace) -> tuple[str, ...]:
-    from simulation.world import ACTORS
+def planned(options: argparse.Namespace, seed: int) -> Any:
+    from simulation.world import ACTORS, Plan
 
-    return tuple(actor for actor in ACTORS if actor in (options.actors or "").split(","))
+    plan = Plan.of(seed)
+    actors = tuple(actor for actor in ACTORS if actor in (options.actors or "").split(","))
+    faults = plan.faults if options.faults is None else tuple(filter(None, options.faults.split(",")))
+    return replace(plan, actors=actors or plan.actors, faults=faults, rounds=options.rounds or plan.rounds)
 
 
 def one(options: argparse.Namespace) -> int:
     from simulation.shrink import text_of
-    from simulation.world import Plan, simulate
+    from simulation.world import simulate
 
-    plan = Plan.of(options.seed)
-    actors = chosen(options) or plan.actors
-    faults = plan.faults if options.faults is None else tuple(filter(None, options.faults.split(",")))
-    run = simulate(Plan(options.seed, actors, faults, options.rounds or plan.rounds))
+    run = simulate(planned(options, options.seed))
     print(text_of(run))
     if run.failure is not None:
         traceback.print_exception(run.failure)
@@ -53,7 +54,7 @@ def one(options: argparse.Namespace) -> int:
 
 def many(options: argparse.Namespace) -> int:
     from simulation.shrink import shrink, text_of
-    from simulation.world import Plan, simulate
+    from simulation.world import simulate
 
     first = SystemRandom().randrange(10**9) if options.first is None else options.first
     end = None if options.hours is None else time.monotonic() + options.hours * 3600
@@ -61,8 +62,7 @@ def many(options: argparse.Namespace) -> int:
     seeds = steps = commits = 0
     shown = time.monotonic()
     while time.monotonic() < end if end is not None else seeds < options.seeds:
-        plan = Plan.of(first + seeds)
-        run = simulate(replace(plan, actors=chosen(options) or plan.actors))
+        run = simulate(planned(options, first + seeds))
         seeds, steps, commits = seeds + 1, steps + run.steps, commits + run.commits
         if run.failure is not None:
             print(f"seed {run.plan.seed}: {run.failure}", flush=True)
@@ -84,7 +84,8 @@ def hunt(options: argparse.Namespace) -> int:
     missed = []
     for name in chosen:
         line = [sys.executable, "-m", "simulation", "--mutant", name, "--no-shrink"]
-        line += ["--actors", mutants.MUTANTS[name].actors]
+        rare = mutants.MUTANTS[name]
+        line += ["--actors", rare.actors] + (["--faults", rare.faults] if rare.faults else [])
         began = time.monotonic()
         done = subprocess.run(
             [*line, "--first", str(first), "--seeds", str(MUTANT_SEEDS)], capture_output=True, text=True, check=False

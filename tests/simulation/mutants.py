@@ -22,7 +22,8 @@ class Mutant(NamedTuple):
     old: str
     new: str
     actors: str = ""
-    """Who is enough to bring it about; fewer actors meet more often."""
+    faults: str = ""
+    """Who and what is enough to bring it about, where it is rare: fewer actors meet more often."""
 
 
 MUTANTS = {
@@ -32,7 +33,7 @@ MUTANTS = {
     "no archives": Mutant("head", "(archives or _drops(current.head, head))", "False"),
     "no nonce in the head": Mutant("head", "nonce=self._nonce(), archived=last", "nonce=bytes(8), archived=last"),
     "seq as identity": Mutant(
-        "head", "(seen.id, seen.commit) != (base.head.id, base.head.commit)", "seen.seq != base.head.seq"
+        "head", "return self._commit_at(mine, seen) == mine.commit", "return self._commit_at(mine, seen) is not None"
     ),
     "a 412 means lost": Mutant(
         "head",
@@ -41,7 +42,7 @@ MUTANTS = {
         "            except (ObjectNotFound, errors.RequestInDoubt):",
     ),
     "given up without a no-op": Mutant(
-        "head", "self._put(seen, replace(seen.head, rev=seen.head.rev + 1, nonce=self._nonce()))", "pass"
+        "head", "self._put(seen, replace(seen.head, rev=seen.head.rev + 1, nonce=self._nonce()))", "pass", "client-a"
     ),
     "map before log": Mutant(
         "snapshot", "if piece.seq > complete_to and piece.end", "if complete_to < 0 and piece.end"

@@ -178,7 +178,7 @@ class Network:
         if fault == "slow":
             way_s += rng.uniform(0, 2 * self.deadline_s)
         elif fault == "late":
-            way_s += rng.uniform(self.deadline_s, 60 * self.deadline_s)
+            way_s += rng.uniform(1, 5) * self.deadline_s * rng.choice([1, 1, 3, 12])
         answer: list[Any] = []
         wakers: list[Callable[[], None]] = []
 

@@ -117,7 +117,8 @@ class World:
         return node, catalog
 
     def _likely(self, fault: str) -> float:
-        return self.rng.choice([0.002, 0.01, 0.04]) * (0.1 if fault in ("kill", "torn") else 1)
+        often = [0.1, 0.3] if len(self.plan.faults) == 1 else [0.002, 0.01, 0.04]
+        return self.rng.choice(often) * (0.1 if fault in ("kill", "torn") else 1)
 
     def client(self, name: str, node: Node, catalog: Catalog, number: int, in_process: bool) -> Client:
         paths = (*PATHS, OLD) if "foreign" in self.plan.actors else PATHS
