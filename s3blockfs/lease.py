@@ -121,6 +121,7 @@ class Lease:
             line = (current.owner, *current.waiting) if current else ()  # who has not come for it comes first
             over = len(line) > 1 and self._began_s - self._taken_s > TENURE_S / (len(line) - 1)
             if over and self._burst and not self._session:
+                self._held = False
                 return self._next(current)
             return self._for(self._owner, self._lease_s, line)
         return current
@@ -181,14 +182,13 @@ class Lease:
     def _give_back_or_renew(self) -> None:
         with self._lock:
             using = self._user is not None
-            latest = self.heads.latest
-            if not self._held or latest is None:
+            if not self._held or (latest := self.heads.latest) is None:
                 return
+            self._held = using  # given back as soon as that is sent: others may go on before the answer comes
             try:
                 self._swap(latest, self._require_own, self._new if using else self._next)
             except S3BlockFSError as error:  # politeness only: others take it over after a while
                 log.info("%s: the lease was not %s: %s", self.heads.prefix, "renewed" if using else "given back", error)
-            self._held &= using
 
     def _swap(self, base: Version, check: Callable[[Head], None], new: _NewLease) -> Head:
         """Another lease, and nothing else changed. Returns the head with it."""

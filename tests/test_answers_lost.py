@@ -102,3 +102,24 @@ def test_a_process_that_was_stopped_in_its_commit_does_not_trust_its_lease(world
     reader.shared()
     assert same(scene.shown(), state(3))
     reader.unlock()
+
+
+def test_a_lease_that_is_being_given_back_is_not_trusted(world: World) -> None:
+    """Others may have it, and have committed, before the answer comes."""
+    scene = Scene(world, lease_s=10.0, refresh_s=0)
+    writer, reader = scene.process(1), scene.process(2)
+    writer.begin()
+    scene.database.write(0, state(2))
+    writer.commit()
+    seen: list[bool] = []
+
+    def go_on() -> None:
+        scene.commit_elsewhere(3)
+        reader.shared()
+        seen.append(same(scene.shown(), state(3)))
+        reader.unlock()
+
+    answer_lost(world, f"{PREFIX}/head", go_on)
+    world.runtime.sleep(1)
+    world.runtime.tick()
+    assert seen == [True]

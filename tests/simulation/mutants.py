@@ -78,6 +78,8 @@ MUTANTS = {
         "try:\n            return heads.swap(version, make)\n        except Exception:\n"
         "            source.store.delete([e.ref.key(source.prefix) for e in extents], site='mutant')\n"
         "            raise",
+        "client-a,client-b,fold",
+        "reply-lost",
     ),
     "folds ask for no database id": Mutant(
         "head", "elif (seen.id, seen.deleted) != (base.head.id, base.head.deleted):", "elif seen.deleted:"
