@@ -153,16 +153,26 @@ class Lease:
         now = self._runtime.monotonic()
         if now < self._ask_again_s:
             raise Busy(f"{self.heads.prefix}: somebody else is writing")
-        if self._lease_s == 0 or now - self._contended_s < CONTENDED_S:  # contended: a blind swap would often fail
+
+        def free(newest: Head) -> None:
+            try:
+                self._require_free(newest)
+            except Busy:
+                self._require_same_state(newest, base)  # who is behind, too, has to know that
+                raise
+
+        seen = (self.heads.latest or base).head.lease  # perhaps of long ago
+        contended = now - self._contended_s < CONTENDED_S or not (seen is None or self._is_own(seen))
+        if self._lease_s == 0 or contended:  # a blind swap would often fail
             version = self.heads.read_if_changed(base)
             newest = version.head
             try:
-                self._require_free(newest)
+                free(newest)
             except Busy:
                 self._line_up(version)
                 raise
         if self._lease_s:
-            newest = self._swap(base, self._require_free, self._new)
+            newest = self._swap(base, free, self._new)
             self._held, self._burst, self._taken_s, self._idle_s = True, False, self._renewed_s, self._renewed_s
         # Only now: who is told Stale comes again at once, on the newest state, and finds the lease in its hand.
         self._require_same_state(newest, base)
