@@ -1,6 +1,7 @@
 """Is everything there that a database and its past need, whole, and can every byte of it be read? Changes nothing."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 
@@ -74,13 +75,14 @@ def _of_pages(source: Source, version: Version, report: Progress) -> Iterator[st
         yield f"nothing can be read: {error}"
         return
     size, block, unit, name = state.head.size, state.head.block_size, 1, "bytes"
+    with suppress(DamagedObject, NewerFormat):
+        if header.is_database(first := state.read(0, header.HEADER_BYTES)):
+            unit, name = header.page_size(first), "pages"
     for start in range(0, size, OBJECT_BYTES):
         report(start, size)
         try:
             state.prefetch(start, start + AT_A_TIME * OBJECT_BYTES)
-            first = state.read(start, OBJECT_BYTES)
-            if start == 0 and header.is_database(first):
-                unit, name = header.page_size(first), "pages"
+            state.read(start, OBJECT_BYTES)
         except (DamagedObject, NewerFormat):
             for at in range(start, min(start + OBJECT_BYTES, size), block):
                 try:
