@@ -95,10 +95,11 @@ class Operators:
         path = self._path()
         source, heads = self.catalog.at(path)
         known = history.commits(source, heads)
-        chosen = self.rng.choice(known)
-        wanted = masked(self.oracle.by_commit[chosen.id].content)
-        with self.oracle.intending(Intent("restore", self.node.name, path, lambda found: masked(found) == wanted)):
-            self.catalog.copy(path, path, overwrite=True, at=chosen.seq)
+        seq = self.rng.choice(known).seq
+        # A copy brings numbers of its source along; one may stand for that once the older commit is collected.
+        wanted = {masked(state.content) for state in self.oracle.by_commit.values() if state.seq == seq}
+        with self.oracle.intending(Intent("restore", self.node.name, path, lambda found: masked(found) in wanted)):
+            self.catalog.copy(path, path, overwrite=True, at=seq)
 
     def keep(self, path: str | None = None) -> None:
         """Name a state, or let one go."""
