@@ -86,12 +86,12 @@ MUTANTS = {
     ),
     "the collector forgets the archives": Mutant("gc", "chain(roots(source, head), [version])", "[version]"),
     "the collector forgets the floor": Mutant("gc", "if rev <= head.floor and entry.key", "if entry.key"),
-    "a put-back undoes others": Mutant("transfer", "if moved.head.commit == commit_id:", "if True:"),
     "a copy that was replaced counts as lost": Mutant(
-        "head", "return seen.id == mine.id or (seen.id", "return seen.id == mine.id or (False and seen.id"
-    ),
-    "a lease counts from the answer": Mutant(
-        "lease", "self._is_own(head.lease), self._began_s", "self._is_own(head.lease), now"
+        "head",
+        "return seen.id == mine.id or (seen.id",
+        "return seen.id == mine.id or (False and seen.id",
+        "client-a,copy,restore,rename",
+        "reply-lost",
     ),
 }
 
