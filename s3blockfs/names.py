@@ -69,7 +69,9 @@ class Names:
             return Entry(self._root, is_folder=True)
         if not is_prefix(prefix := join(self._root, path)):
             return None
-        if self._is_used_below(prefix):
+        with self._lock:
+            known = (self._heads.get(prefix) or (None,))[0]
+        if (known is None or known.head.deleted) and self._is_used_below(prefix):  # without asking: also in an outage
             return Entry(prefix, is_folder=True)
         version = self._head(prefix)
         if version is not None:
