@@ -17,7 +17,16 @@ from collections.abc import Callable, Container, Hashable
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
 from s3blockfs.config import Config
-from s3blockfs.errors import AccessDenied, Busy, DatabaseGone, NotSupported, ReadOnly, S3BlockFSError, StoreUnavailable
+from s3blockfs.errors import (
+    AccessDenied,
+    Busy,
+    CommitLost,
+    DatabaseGone,
+    NotSupported,
+    ReadOnly,
+    S3BlockFSError,
+    StoreUnavailable,
+)
 from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
@@ -49,8 +58,8 @@ class Database(State):
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
         self._journal_images_committed = True
         self._behind_s: float | None = None
-        self._refused = False
-        self._doomed: Hashable | None = None
+        self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
+        self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
         self.locks = RangeLocks()
         self.path = path
 
@@ -248,13 +257,18 @@ class Database(State):
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
                 self._lease.granted(owner)
-        elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
-            raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
+        elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and self._doomed[0] == owner:
+            text = f"{self._label}: changed elsewhere; roll back, and run the transaction again"
+            if self._source.runtime.monotonic() - self._doomed[1] < LONG_BEHIND_S:
+                raise Busy(text)
+            with self._changing():  # a long busy_timeout would keep everybody else here waiting for that roll-back
+                self._fail(remove_journal=False)
+            raise CommitLost(text)
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
         if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
             return
-        self._doomed = None
+        self._doomed = None, 0.0
         self._lease.done(self)
         if self._discarding == owner:
             with self._changing():
@@ -286,7 +300,7 @@ class Database(State):
             if self._behind_s is None or not reading:
                 version = known if known and newer and fresh else self._newest(now)
                 if not reading:
-                    self._behind_s, self._refused = None, False
+                    self._behind_s = self._refused = None
                     if version is not self.version:
                         self._move(version)
                     return
@@ -312,11 +326,10 @@ class Database(State):
             self._heads.cut_off_s = self._source.runtime.monotonic()
             return self.version
 
-    def _fall_behind(self, now: float) -> float:
-        """A newer state is known that cannot be shown yet: since when."""
+    def _fall_behind(self, now: float) -> None:
+        """A newer state is known that cannot be shown yet."""
         self._behind_s = now if self._behind_s is None else self._behind_s
         self.checked_s = float("-inf")
-        return self._behind_s
 
     def _begin_write(self, owner: Hashable) -> None:
         """It must start on the newest state, and hold the lease; the snapshot cannot move under the caller's SHARED."""
@@ -329,12 +342,14 @@ class Database(State):
                 self._lease.take(self, self.version)
                 self.checked_s = now
             except Stale:
-                if now - self._fall_behind(now) < max(2 * self._config.refresh_s, LONG_BEHIND_S):
-                    self._refused = True
+                self._fall_behind(now)
+                if self._refused is None or self._refused[0] != owner:
+                    self._refused = owner, now
+                if now - self._refused[1] < max(2 * self._config.refresh_s, LONG_BEHIND_S):
                     raise
                 # One process shares a single SHARED among its connections, and may never let go of it. SQLite's own
                 # PENDING keeps its new readers out: so let it come to that, and refuse EXCLUSIVE.
-                self._doomed = owner
+                self._doomed = owner, now
 
     def _convert(self) -> None:
         """Before the first change. The bytes stay as they are."""

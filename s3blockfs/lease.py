@@ -4,7 +4,7 @@ of them a lost commit, no data.
 One `Lease` per database and process. Its *user* is who writes now (the database of a mount, or one connection);
 others of this process get Busy without a request. It is taken by a swap at RESERVED, kept by each commit, and given
 back soon after the last write lock. Who was refused for a while lines up in the lease itself, and gets it from there,
-in turn: at the latest from the commit that ends the holder's tenure.
+in turn: at the latest from the commit that ends the holder's tenure, which lines up for the next one by the same swap.
 
 No wall clocks: somebody else's lease is taken over only after its nonce was seen unchanged for as long as it says, on a
 clock that counts suspended time. Its holder draws a new nonce with each commit, and meanwhile in long transactions.
@@ -122,7 +122,7 @@ class Lease:
             over = len(line) > 1 and self._began_s - self._taken_s > TENURE_S / (len(line) - 1)
             if over and self._burst and not self._session:
                 self._held = False
-                return self._next(current)
+                return self._next(current, self._owner)  # it will want more: lining up later is a race with all others
             return self._for(self._owner, self._lease_s, line)
         return current
 
@@ -215,11 +215,11 @@ class Lease:
     def _new(self, replaced: codec.Lease | None) -> codec.Lease:
         return self._for(self._owner, self._lease_s, replaced.waiting if replaced else ())
 
-    def _next(self, replaced: codec.Lease | None) -> codec.Lease | None:
-        """For whoever has waited longest; None when nobody does."""
+    def _next(self, replaced: codec.Lease | None, *last: str) -> codec.Lease | None:
+        """For whoever has waited longest, and `last` at the end of the line; None when nobody waits."""
         if replaced is None or not replaced.waiting:
             return None
-        lease = self._for(replaced.waiting[0], COMES_S, replaced.waiting)
+        lease = self._for(replaced.waiting[0], COMES_S, (*replaced.waiting, *last))
         self._passed = lease.nonce
         return lease
 
