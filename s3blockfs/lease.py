@@ -44,7 +44,7 @@ REST_S = 0.6
 
 #: A writer of this process that asked in vain for so long goes before those that came later, unless it has not asked
 #: for GIVES_UP_S (most of what it tries fails at SHARED already: the others are in their commits).
-PATIENT_S = 1.0
+PATIENT_S = 0.5
 GIVES_UP_S = 2.0
 
 
