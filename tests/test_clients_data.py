@@ -47,6 +47,12 @@ def test_sqlalchemy_engines_on_two_machines(desks: Desks, name: str) -> None:
     assert desks.told(name, "SELECT n FROM counter ORDER BY engine") == "50\n40\n10"
 
 
+def test_sqlalchemy_and_wal(desks: Desks, name: str) -> None:
+    """A `connect` event that asks for it and does not fetch the answer hears of nothing; commits and rollbacks work."""
+    assert run("sqlalchemy", "wal", desks.here / name) == [["one", "two"], "disk I/O error"]
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT name FROM author") == "delete\none\ntwo"
+
+
 def test_sqlalchemy_when_the_daemon_is_killed(place: Place, tmp_path: Path) -> None:
     """What it had committed is there after a new start with nothing but S3. Connections in the pool are of no use any
     more, which `pool_pre_ping` does not see; after `dispose()` the program goes on."""

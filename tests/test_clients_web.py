@@ -85,6 +85,15 @@ def test_django_orm_and_transactions(desks: Desks, tmp_path: Path) -> None:
     assert {each["fields"]["colour"] for each in dumped if each["model"] == "notes.note"} == {"red"}
 
 
+def test_django_and_wal(desks: Desks, tmp_path: Path) -> None:
+    """`init_command` may ask for it: Django does not look at the answer, and goes on without."""
+    name = fresh_name()
+    site = project(tmp_path, desks.here / name)
+    asking = {**site.environment, "INIT": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"}
+    assert run("django", "atomic", cwd=site.folder, env=asking) == [["outer", "inner"], 1, ["committed"], False]
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT count(*) FROM notes_note") == "delete\n2"
+
+
 def test_django_test_runner(desks: Desks, tmp_path: Path) -> None:
     """`manage.py test` makes its database on the mount, and removes it."""
     name = fresh_name()

@@ -127,6 +127,37 @@ def engines(path: str, other: str, workers: str, times: str) -> Any:
     return [errors, counted, opened]
 
 
+def wal(path: str) -> Any:
+    """Asked for in each new connection, as many programs do, without a look at the answer; and with one."""
+    engine = create_engine(f"sqlite:///{path}")
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
+
+    Base.metadata.create_all(engine)
+    for name in ("one", "two"):
+        with Session(engine) as session, session.begin():
+            session.add(Author(name=name))
+    with Session(engine) as session:
+        session.add(Author(name="three"))
+        session.flush()
+        session.rollback()
+        names = session.scalars(select(Author.name).order_by(Author.name)).all()
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=DELETE").all()
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL").all()
+        error = "none"
+    except exc.OperationalError as problem:
+        error = str(problem.orig)
+    engine.dispose()
+    return [list(names), error]
+
+
 def until_it_fails(path: str) -> Any:
     """Commits of two rows each, said one by one, until the daemon is killed; Enter when there is a mount again. What
     the connection of before says then, and how many rows there are over a new one."""
