@@ -123,6 +123,15 @@ def test_duckdb_reads_what_another_client_wrote(desks: Desks, name: str) -> None
     ]
 
 
+def test_duckdb_beside_sqlite3_in_one_process(desks: Desks, name: str) -> None:
+    """Two SQLite libraries in one process would undo each other's locks of one file. On two mounts they do not."""
+    errors, seen = run("duckdb", "beside", desks.here / name, desks.there / name)
+    assert errors == []
+    assert all(first == last and count == 20_000 for first, last, count in seen)
+    counts = [first for first, *_ in seen]
+    assert counts == sorted(counts) and len(set(counts)) >= 3
+
+
 def test_duckdb_and_wal(desks: Desks, name: str) -> None:
     """ATTACH with JOURNAL_MODE 'WAL' fails when it is first used; the database is as it was."""
     assert "disk I/O error" in run("duckdb", "wal", desks.here / name)

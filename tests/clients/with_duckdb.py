@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import duckdb_extension_sqlite_scanner as packaged
 from calling import main
+
+REFRESH_S = 0.5  # of the mounts
 
 
 def connected() -> duckdb.DuckDBPyConnection:
@@ -42,6 +48,38 @@ def queried(path: str, *queries: str) -> Any:
         db.execute(f"ATTACH '{path}' AS lake (TYPE sqlite, READ_ONLY)")
         db.execute("USE lake")
         return [db.execute(query).fetchall() for query in queries]
+
+
+def beside(path: str, other: str) -> Any:
+    """Read in the process in which sqlite3 writes the same database, over another mount: errors, and what it read of
+    two numbers that are always equal."""
+    stop, errors = threading.Event(), []
+    with contextlib.closing(sqlite3.connect(path)) as first, first:
+        first.execute("CREATE TABLE t(id INTEGER PRIMARY KEY, n INTEGER, filler)")
+        first.executemany("INSERT INTO t VALUES (?, 0, ?)", [(i, "x" * 100) for i in range(20_000)])
+
+    def write() -> None:
+        try:
+            with contextlib.closing(sqlite3.connect(path, timeout=30)) as db:
+                while not stop.is_set():
+                    with db:
+                        db.execute("UPDATE t SET n = n + 1 WHERE id IN (0, 19999)")
+        except sqlite3.Error as error:
+            errors.append(repr(error))
+
+    writer = threading.Thread(target=write)
+    seen = []
+    with connected() as db:
+        time.sleep(REFRESH_S)
+        db.execute(f"ATTACH '{other}' AS lake (TYPE sqlite, READ_ONLY)")
+        writer.start()
+        for _ in range(30):
+            pair = "SELECT sum(CASE id WHEN 0 THEN n END), sum(CASE id WHEN 19999 THEN n END), count(*) FROM lake.t"
+            seen.append(db.execute(pair).fetchone())
+            time.sleep(REFRESH_S / 10)
+        stop.set()
+        writer.join()
+    return [errors, seen]
 
 
 def wal(path: str) -> Any:
