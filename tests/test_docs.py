@@ -99,3 +99,18 @@ def test_every_outage_has_a_test_and_every_test_an_outage() -> None:
     files = [ROOT / "tests" / f"test_outages{kind}.py" for kind in ("", "_process")]
     tests = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
     assert sorted(name for names in named for name in names) == sorted(tests)
+
+
+def test_every_client_that_is_run_is_in_the_table() -> None:
+    table = (ROOT / "docs/CLIENTS.md").read_text().partition("\n## ")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert all(len(cells) == 4 and re.search(r"\d\.\d", cells[1]) for cells in lines), "a client without a version"
+    tests = [name for *_, names in lines for name in re.findall(r"`(\w+)`", names)]
+    files = ROOT.glob("tests/test_clients_*.py")
+    assert sorted(tests) == sorted(
+        n for f in files for n in re.findall(r"^def test_(\w+)\(", f.read_text(), re.MULTILINE)
+    )
+    (group,) = re.findall(r"^clients = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    packages = re.findall(r'^    "([\w-]+)', group, re.MULTILINE)
+    clients = " ".join(cells[0] for cells in lines).lower()
+    assert packages and not [package for package in packages if package not in clients]
