@@ -31,7 +31,7 @@ from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -59,6 +59,7 @@ class Database(State):
         self._journal_images_committed = True
         self._behind_s: float | None = None
         self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
+        self._began: tuple[Hashable, bytes] = (None, b"")  # who took RESERVED last, and on which commit
         self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
         self.locks = RangeLocks()
         self.path = path
@@ -257,6 +258,11 @@ class Database(State):
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
                 self._lease.granted(owner)
+                self._began = owner, self.version.head.commit
+        elif kind is Kind.WRITE and (start, end, level) == (PENDING_BYTE, PENDING_BYTE, Level.NONE):
+            if self._began != (owner, self.version.head.commit):  # SQLite holds SHARED here, and believes so
+                text = "another SQLite library of its process gave up the locks of this transaction; run it again"
+                raise CommitLost(f"{self._label}: {text}")
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and self._doomed[0] == owner:
             text = f"{self._label}: changed elsewhere; roll back, and run the transaction again"
             if self._source.runtime.monotonic() - self._doomed[1] < LONG_BEHIND_S:

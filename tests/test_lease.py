@@ -23,7 +23,7 @@ from s3blockfs.lease import (
     TENURE_S,
     Stale,
 )
-from s3blockfs.locks import Level
+from s3blockfs.locks import TO_END, Level
 
 LEASE_S = 10.0
 
@@ -460,3 +460,28 @@ def test_a_hostile_lease_cannot_lock_others_out_for_ever(world: World, pair: tup
         first.begin()
     world.runtime.sleep(601)
     first.write(2)
+
+
+@pytest.mark.parametrize("somebody_else_commits", [False, True])
+def test_locks_that_another_library_of_the_process_gave_up(
+    world: World, pair: tuple[Writer, Writer], somebody_else_commits: bool
+) -> None:
+    """POSIX gives up all locks of a process with any descriptor; SQLite does not notice, what it read may be old."""
+    first, _ = pair
+    first.process.shared()
+    first.process.reserved()
+    first.database.unlock(first.process, 0, TO_END)
+    if somebody_else_commits:
+        other = Process(first.machine, first.database, 8)
+        other.begin()
+        first.database.write(0, state(2))
+        other.commit()
+        with pytest.raises(CommitLost):
+            first.process.exclusive()
+        first.process.unlock()
+        assert first.database.read(30, 50) == state(2)[30:80]
+    else:
+        first.process.write_journal()
+        first.process.exclusive()
+        first.commit(2)
+    first.write(3)
