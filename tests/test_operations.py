@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
 import pytest
 from inprocess import connect
+from messages import all_messages
 from mounting import Client, Place, SqlError, command, is_mounted, mounted, sqlite
+from prometheus_client import REGISTRY, Counter
+
+from s3blockfs import metrics
 
 pytestmark = pytest.mark.mount
 
@@ -94,6 +99,15 @@ def test_a_copy_that_takes_objects_first_is_none_and_older_heads_mend_it(
     assert sqlite(file, "PRAGMA integrity_check", "SELECT count(*) FROM t") == "ok\n5"
 
 
+def test_a_deleted_database_comes_back_with_its_head(place: Place, tmp_path: Path) -> None:
+    commit(place, 5)
+    before = place.get("a.sqlite/head")
+    run(place, "rm", f"{place.target}/a.sqlite")
+    place.put("a.sqlite/head", before)
+    run(place, "export", f"{place.target}/a.sqlite", str(tmp_path / "a.db"))
+    assert sqlite(tmp_path / "a.db", "PRAGMA integrity_check", "SELECT count(*) FROM t") == "ok\n5"
+
+
 # --- upgrades ------------------------------------------------------------------------------------------------
 
 
@@ -138,3 +152,35 @@ def test_an_upgrade_without_a_pause(place: Place, tmp_path: Path) -> None:
             assert command(place, "umount", str(old.directory)).returncode == 7
         assert command(place, "umount", str(old.directory)).returncode == 0
         assert sqlite(link / "a.db", "SELECT sum(a) FROM t") == "6"
+
+
+# --- the document itself -------------------------------------------------------------------------------------
+
+
+def entries() -> list[str]:
+    """The messages in the first cells of the section on troubleshooting."""
+    section = DOCUMENT.partition("## Troubleshooting\n")[2]
+    cells = re.findall(r"^\| (`.*?`) \| ", section, re.MULTILINE)
+    return [message for cell in cells for message in re.findall(r"`(.*?)`", cell)]
+
+
+def explains(entry: str, message: str) -> bool:
+    at = 0
+    for piece in entry.split("..."):
+        at = message.find(piece.strip(), at)
+        if at < 0:
+            return False
+    return True
+
+
+def test_every_message_is_explained_and_every_explanation_has_a_message() -> None:
+    messages, explained = all_messages(), entries()
+    assert len(messages) > 200 and len(explained) > 100
+    assert {m for m in messages if not any(explains(entry, m) for entry in explained)} == set()
+    assert {entry for entry in explained if not any(explains(entry, m) for m in messages)} == set()
+
+
+def test_every_figure_is_in_the_document_and_is_one() -> None:
+    counters = {f"{name}_total" for sample in REGISTRY.collect() if (name := sample.name).startswith("s3blockfs_")}
+    assert len(counters) == len([each for each in vars(metrics).values() if isinstance(each, Counter)])
+    assert set(re.findall(r"`(s3blockfs_\w+)`", DOCUMENT)) == counters
