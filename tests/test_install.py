@@ -52,6 +52,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
     clean_up(path)
 
 
+@pytest.mark.timeout(900)  # three times pip, on a machine that may be busy
 def test_install_upgrade_and_uninstall(place: Place, tmp_path: Path, newer: Path, directory: Path) -> None:
     machine, unit = tmp_path / "machine", "etc/systemd/system/s3blockfs@.service"
     commands, helper = machine / "usr/local/bin", "mount.s3blockfs"
