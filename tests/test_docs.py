@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +68,33 @@ def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path
                 _run(f"s3blockfs umount {name}", tmp_path)
 
 
+@pytest.mark.mount
+def test_the_tutorial_gives_what_it_shows(tmp_path: Path) -> None:
+    """In order: commands of its transcripts, and programs, which are saved under the name in their first line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (ROOT / "docs/TUTORIAL.md").read_text().replace("8000", str(port))
+    run = 0
+    try:
+        for kind, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            if kind == "python":
+                (tmp_path / block.split()[1]).write_text(block)
+                continue
+            for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, _, shown = step.partition("\n")
+                assert _run(command, tmp_path) == shown, command
+                run += 1
+        assert run > 20
+    finally:
+        if (pid := tmp_path / "app.pid").exists():
+            with contextlib.suppress(ProcessLookupError):  # the page ends it itself
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+        for name in ("machine-a", "machine-b"):
+            if os.path.ismount(tmp_path / name):
+                _run(f"s3blockfs umount {name}", tmp_path)
+
+
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for command in commands.commands:
@@ -79,10 +109,18 @@ def test_every_exit_code_is_in_the_readme() -> None:
     assert {c.exit_code for c in classes} <= named
 
 
+def _anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text()):
+            target = document.parent / file if file else document
+            assert target.exists(), f"{document.name}: {file}"
+            assert not anchor or anchor in _anchors(target), f"{document.name}: {file}#{anchor}"
 
 
 def test_tests_that_documents_name_exist() -> None:
