@@ -1,7 +1,7 @@
 """A key-value table as a database against one object for each row: requests, time and money for the same work.
 
 As `scripts/kv_costs` it brings its own SeaweedFS. Requests are what a proxy outside of both counted. It also holds each
-of them back for a while, as a network would: a SeaweedFS on the same machine answers faster than any S3. Time is a ratio
+of them back for a while, as a network would; a SeaweedFS on the same machine is faster than any S3. Time is a ratio
 of the same run. Prints the tables of docs/RECIPES.md.
 """
 
@@ -42,9 +42,9 @@ Row = tuple[Key, bytes]
 _serials = count(1)
 
 
-def rows_of(table: int, draw: random.Random) -> list[Row]:
+def rows_of(table: int, draw: random.Random, days: int) -> list[Row]:
     """1,000 rows: 10 ids, 2 years, 5 months, 10 days."""
-    keys = product(range(10 * table, 10 * table + 10), (2020, 2021), range(1, 6), range(1, 11))
+    keys = product(range(10 * table, 10 * table + 10), (2020, 2021), range(1, 6), range(1, days + 1))
     return [((i, year, month, day), draw.randbytes(200)) for i, year, month, day in keys]
 
 
@@ -175,9 +175,9 @@ Layout = Objects | Table
 Step = tuple[str, bool, bool, Callable[[Any], object]]
 
 
-def steps(seed: int) -> list[Step]:
+def steps(seed: int, days: int) -> list[Step]:
     draw = random.Random(seed)
-    together, singly = rows_of(1, draw), rows_of(2, draw)
+    together, singly = rows_of(1, draw, days), rows_of(2, draw, days)
     keys = [key for key, _ in draw.sample(together, 100)]
     return [
         ("create the table", False, True, lambda on: on.create()),
@@ -223,9 +223,9 @@ def named(asked: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {names.get(kind, kind)}" for kind, number in sorted(asked.items())) or "none"
 
 
-def compared(place: Place, seed: int, delay_s: float) -> list[dict[str, Any]]:
-    """A line for each step of the same work in both layouts."""
-    todo = steps(seed)
+def compared(place: Place, seed: int, delay_s: float, days: int = 10) -> list[dict[str, Any]]:
+    """A line for each step of the same work in both layouts; with fewer days there are fewer rows than it says."""
+    todo = steps(seed, days)
     with FaultProxy(place.url) as proxy:
         through = place.via(proxy.url)
         layouts = [measured(on, todo, proxy, delay_s) for on in (Objects(through), Table(through))]
