@@ -12,7 +12,7 @@ Threads: see `state.py`, which says which committed state is shown."""
 
 import errno
 import logging
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
@@ -22,7 +22,7 @@ from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -65,7 +65,7 @@ class Database(State):
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def write(self, offset: int, data: bytes, owners: Container[Hashable] | None = None) -> None:
+    def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
@@ -76,18 +76,20 @@ class Database(State):
                 self._convert()
                 self._view.write(offset, data)
 
-    def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
+    def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
         with self._changing():
             if self._takes_writes(owners) and size != self.size:
                 self._convert()
                 self._view.truncate(size)
 
-    def _takes_writes(self, owners: Container[Hashable] | None) -> bool:
+    def _takes_writes(self, owners: Collection[Hashable] | None) -> bool:
         """False in discard mode, for the owner in it; bytes of others must not vanish silently meanwhile."""
         self._require_writable()
         if self._discarding is not None and owners is not None and self._discarding not in owners:
             raise StoreUnavailable(f"{self._label}: another program's failed transaction is being undone; try again")
+        if owners and not any(self.locks.level(owner) >= Level.RESERVED for owner in owners):
+            raise StoreUnavailable(f"{self._label}: its locks were let go; two SQLites in one process?")
         return self._discarding is None
 
     def journal_begins(self) -> None:
@@ -239,6 +241,7 @@ class Database(State):
             return True
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
+        doomed = owner == self._doomed and start <= SHARED_LAST and end >= SHARED_FIRST
         if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_LAST):
             if level is Level.NONE:
                 self._require_settled()
@@ -248,8 +251,8 @@ class Database(State):
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
                 self._lease.granted(owner)
-        elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and owner == self._doomed:
-            raise Busy(f"{self._label}: changed elsewhere; roll back, and run the transaction again")
+        elif kind is Kind.WRITE and (doomed or (level is Level.NONE and start == end == PENDING_BYTE)):
+            raise Busy(f"{self._label}: changed elsewhere, or its locks let go; roll back, and run it again")
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
         if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:

@@ -242,12 +242,10 @@ class FileSystem(Operations):
 
     def truncate(self, path: str | None, length: int, info: FileInfo | None = None) -> None:
         if info is not None:
-            self._truncate(self._handles[info.fh], length)
-            return
+            return self._truncate(self._handles[info.fh], length)
         assert path is not None
         if is_side_file(path):
-            self._truncate_side(self._side(path), length)
-            return
+            return self._truncate_side(self._side(path), length)
         database = self._catalog.open(self._names.changeable(path))
         try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
@@ -357,8 +355,7 @@ class FileSystem(Operations):
     @staticmethod
     def _require_sound(handle: _Handle) -> None:
         if handle.failed:
-            path = handle.file.path
-            raise OSError(errno.EIO, f"{path}: what was written through this descriptor is lost; open it again")
+            raise OSError(errno.EIO, f"{handle.file.path}: what was written here is lost; open it again")
 
     def _require_not_moved(self, database: Database) -> None:
         if self._shown[database].moved:
