@@ -279,7 +279,7 @@ def table_of(lines: list[dict[str, Any]]) -> list[str]:
         parts = [line["what"]]
         for layout in ("objects", "table"):
             parts += [named(line[layout]), f"{1000 * money(line[layout]):.4g}"]
-        parts.append(f"{line['ratio']:.2g} : 1" if line["objects"] else "—")
+        parts.append(f"{float(format(line['ratio'], '.2g')):,g} : 1" if line["objects"] else "—")
         body.append("| " + " | ".join(parts) + " |")
     return head + body
 
@@ -299,7 +299,7 @@ def main() -> None:
         if any(found != same for found, same in (line["answers"] for line in lines[1:])):
             parser.exit(1, "kv_costs: FAILED, the layouts answer differently\n")
         if given.rows:
-            print("\n| | size | one row, cold | count, cold | sent for a commit of one row |\n" + "| --- " * 5 + "|")
+            print("\n| | size | one row, cold | count, cold | sent for each of 20 commits |\n" + "| --- " * 5 + "|")
             print(*rowids(place.inside("rowids"), given.rows, seed), sep="\n")
     print(f"\nkv_costs: ok, seed {seed}")
 

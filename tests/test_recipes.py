@@ -17,7 +17,8 @@ import pytest
 from duckclient import Duck
 from inprocess import ELSEWHERE, connect, rows
 from kv_costs import compared, money
-from mounting import Client, Mount, Place, Shared, SqlError, mounted, shell
+from mounting import Client, Mount, Place, Shared, SqlError, mounted, numbers, shell
+from proxy import FaultProxy
 
 RECIPES = (Path(__file__).parent.parent / "docs/RECIPES.md").read_text()
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -283,3 +284,23 @@ def test_duckdb_sees_one_commit_when_attached(shared: Shared, extensions: Path) 
         writer("INSERT INTO t VALUES (3)")
         assert duck(attached) == [[2]]
         assert duck("COMMIT", attached) == [[3]]
+
+
+@clients
+@pytest.mark.mount
+def test_duckdb_lists_files_without_their_contents(
+    place: Place, tmp_path: Path, proxy: FaultProxy, extensions: Path
+) -> None:
+    """Columns before the large one; behind it, all of it has to be read to get there."""
+    with mounted(place, tmp_path) as mount, Client(mount / "a.db") as writer:
+        for name, columns in (("good", "size INTEGER, data BLOB"), ("bad", "data BLOB, size INTEGER")):
+            writer(f"CREATE TABLE {name}(id INTEGER PRIMARY KEY, {columns})")
+            writer(f"INSERT INTO {name}(size, data) SELECT 3000000, randomblob(3000000) FROM ({numbers(4)})")
+    with mounted(place.via(proxy.url), tmp_path) as mount, Duck(extensions) as duck:
+        received = {}
+        for name in ("good", "bad"):
+            proxy.reset()
+            query = f"SELECT sum(size) FROM sqlite_scan('{mount / 'a.db'}', '{name}') WHERE size > 0"
+            assert duck(query) == [[12_000_000]]
+            received[name] = proxy.received
+    assert received["good"] < 4_000_000 < 11_000_000 < received["bad"], received
