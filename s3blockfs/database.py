@@ -12,7 +12,7 @@ Threads: see `state.py`, which says which committed state is shown."""
 
 import errno
 import logging
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
@@ -75,7 +75,7 @@ class Database(State):
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def write(self, offset: int, data: bytes, owners: Container[Hashable] | None = None) -> None:
+    def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
@@ -86,18 +86,20 @@ class Database(State):
                 self._convert()
                 self._view.write(offset, data)
 
-    def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
+    def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
         with self._changing():
             if self._takes_writes(owners) and size != self.size:
                 self._convert()
                 self._view.truncate(size)
 
-    def _takes_writes(self, owners: Container[Hashable] | None) -> bool:
+    def _takes_writes(self, owners: Collection[Hashable] | None) -> bool:
         """False in discard mode, for the owner in it; bytes of others must not vanish silently meanwhile."""
         self._require_writable()
         if self._discarding is not None and owners is not None and self._discarding not in owners:
             raise StoreUnavailable(f"{self._label}: another program's failed transaction is being undone; try again")
+        if owners and not any(self.locks.level(owner) >= Level.RESERVED for owner in owners):
+            raise StoreUnavailable(f"{self._label}: its locks were let go; two SQLites in one process?")
         return self._discarding is None
 
     def journal_begins(self) -> None:
