@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past
@@ -41,6 +41,7 @@ class Catalog(Names):
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
+        self.files: WeakSet[object] = WeakSet()  # open ones that read or write by it (files.py)
         self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
 

@@ -82,6 +82,10 @@ class DatabaseExists(S3BlockFSError, errno=codes.EEXIST, exit_code=7):
     """A database of that name exists."""
 
 
+class ObjectReplaced(StoreError, errno=codes.ESTALE, exit_code=7):
+    """A plain object is not, or no longer, the one that was opened."""
+
+
 class DatabaseGone(S3BlockFSError, errno=codes.ESTALE, exit_code=7):
     """The database was deleted or replaced by somebody else while it was open here."""
 

@@ -111,12 +111,13 @@ def _close_all() -> None:
             log.error("closing at exit: %s", error)
 
 
-def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
+def engine(bucket: Any, config: Config, identity: object = None) -> Catalog:
     """The databases of a bucket as this process knows them."""
-    key = (os.getpid(), identity, config)
+    key = (os.getpid(), identity or _identity(bucket), config)
     with _lock:
         if key not in _engines:
-            unused = [other for other, (catalog, _) in _engines.items() if other[0] == key[0] and not catalog.opened()]
+            mine = [(other, catalog) for other, (catalog, _) in _engines.items() if other[0] == key[0]]
+            unused = [other for other, catalog in mine if not catalog.opened() and not catalog.files]
             for other in unused[:-ENGINES_KEPT]:
                 for part in _engines.pop(other):
                     part.close()
@@ -125,6 +126,10 @@ def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
             _engines[key] = Catalog(store, runtime, config, ""), runtime
         _engines[key] = _engines.pop(key)
         return _engines[key][0]
+
+
+def _identity(bucket: Any) -> object:
+    return bucket if isinstance(bucket, str) else S3Store.identity(bucket)
 
 
 def _translated(cls: type[T]) -> type[T]:
@@ -170,7 +175,7 @@ class S3VFS(apsw.VFS):
         self._config = Config(block_size=block_size if usable else 4 * KIB, **options)
         self._bucket = bucket
         self._over: Catalog | None = None
-        self._identity = bucket if isinstance(bucket, str) else S3Store.identity(bucket)
+        self._identity = _identity(bucket)
         self.name = f"s3vfs-{uuid.uuid4()}"
         super().__init__(name=self.name, base="", maxpathname=1200)
 
@@ -184,7 +189,7 @@ class S3VFS(apsw.VFS):
     @property
     def catalog(self) -> Catalog:
         """The engine of this process: in a forked child another one than in its parent."""
-        return self._over or _engine(self._bucket, self._identity, self._config)
+        return self._over or engine(self._bucket, self._config, self._identity)
 
     # --- what SQLite calls -----------------------------------------------------------------------------
 
