@@ -62,7 +62,7 @@ def open(
     if "w" in mode:
         writer = Writer(catalog, config, match[2], url)
         return cast(IO[Any], writer) if "b" in mode else _Text(cast(Any, writer), encoding)
-    reader = Reader(catalog, config, match[2], url)
+    reader = Reader(catalog, config, *_newest(catalog, match[2]), url)
     if buffering == 0:
         return cast(IO[Any], reader)
     binary = io.BufferedReader(reader, max(buffering, BLOCK_BYTES))
@@ -88,10 +88,10 @@ class _File(io.RawIOBase):
 class Reader(_File):
     """One state of a database, or one version of an object."""
 
-    def __init__(self, catalog: Catalog, config: Config, key: str, url: str) -> None:
+    def __init__(self, catalog: Catalog, config: Config, state: Snapshot, is_database: bool, url: str) -> None:
         super().__init__(catalog, url, "rb")
         self._readahead = Readahead(config.readahead_size)
-        self._state, self._is_database = _newest(catalog, key)
+        self._state, self._is_database = state, is_database
 
     def readable(self) -> bool:
         return True

@@ -71,6 +71,7 @@ class FileInfo(Protocol):
 
     fh: int  # the file system's handle
     flags: int  # of open(2)
+    direct_io: int  # set to 1 in open: read by this handle alone, past the kernel's pages
     keep_cache: int  # set to 1 in open: keep the pages that the kernel has of this inode
     lock_owner: int  # in lock and flush: who asks, one value per descriptor table, that is, per process
 

@@ -92,7 +92,7 @@ class MountedNames:
                     target = f"{archived(source, key).head.seq}{SHOWN_SUFFIX}"
                     states[label + SHOWN_SUFFIX] = Entry(entry.prefix, False, shown_as=target)
             for seq, _, time_ms, size, _ in commits(source, heads):
-                states[f"{seq}{SHOWN_SUFFIX}"] = Entry(entry.prefix, False, size, time_ms / 1000, is_past=True)
+                states[f"{seq}{SHOWN_SUFFIX}"] = Entry(entry.prefix, False, size, time_ms / 1000, is_fixed=True)
             with self._lock:
                 self._histories[entry.prefix] = version, states
         return states
@@ -105,4 +105,4 @@ def _below(path: str) -> str | None:
 
 
 def _folder(entry: Entry) -> Entry:
-    return Entry(entry.prefix, is_folder=True, is_past=True)
+    return Entry(entry.prefix, is_folder=True, is_fixed=True)
