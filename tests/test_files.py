@@ -154,7 +154,10 @@ def test_opening_takes_one_request_and_a_point_read_one_more(world: World) -> No
         file.seek(0)
         assert file.read() == body
     assert len(world.store.calls) < 20  # whoever reads on gets more at a time
-    with s3blockfs.open(URL) as file:
+    with s3blockfs.open(URL, buffering=0) as file:
+        file.seek(5)  # not the next block on account of 5 bytes
+        assert len(file.read(BLOCK_BYTES)) == BLOCK_BYTES - 5
+        file.seek(0)
         assert file.read() == body
     assert len(world.store.calls) < 21  # and the second time nothing but the look
 

@@ -137,6 +137,21 @@ def test_a_completion_whose_answer_is_lost_is_asked_for_again(place: Place, prox
     assert left == [] and place.get("new.bin") == body and unfinished(place) == []
 
 
+def test_a_completion_that_nobody_can_tell_of(place: Place, proxy: FaultProxy) -> None:
+    """The answer is lost, and then there is no such upload any more: applied, or taken away by somebody else."""
+    faults = [Fault(status=404, code="NoSuchUpload"), Fault(cut=True, apply=True)]
+
+    def rule(request: Request) -> Fault | None:
+        return faults.pop() if request.method == "POST" and "uploadId=" in request.path else None
+
+    proxy.rule = rule
+    file = opened(place.via(proxy.url), "new.bin", "wb")
+    file.write(bytes(9 * MIB))
+    with pytest.raises(errors.OutcomeUnknown, match="does not say whether it was stored"):
+        file.close()
+    assert faults == [] and file.closed and place.get("new.bin") == bytes(9 * MIB)
+
+
 def test_parts_that_the_store_does_not_take(place: Place, proxy: FaultProxy) -> None:
     file = opened(place.via(proxy.url), "new.bin", "wb", transaction_deadline_s=1.0)
     file.write(os.urandom(9 * MIB))
