@@ -106,6 +106,10 @@ class ReadOnly(S3BlockFSError, errno=codes.EROFS, exit_code=4):
     """Writing is not possible here: a read-only mount, or a store without conditional PUTs."""
 
 
+class Immutable(ReadOnly):
+    """The past, or a plain object. Opening it for writing is how SQLite begins to read it."""
+
+
 class NotSupported(S3BlockFSError, errno=codes.EOPNOTSUPP):
     """SQLite or the application asked for something this version refuses rather than get wrong."""
 

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
-from s3blockfs.errors import AccessDenied, ReadOnly, S3BlockFSError
+from s3blockfs.errors import AccessDenied, Immutable, S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
@@ -213,7 +213,7 @@ class FileSystem(Operations):
             handle = self._add_database(info, self._names.open(path))
         try:
             if writes and isinstance(handle.file, Plain):
-                raise ReadOnly(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
+                raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
             if writes:
                 self._catalog.require_writable()
             if info.flags & os.O_TRUNC:

@@ -10,7 +10,7 @@ from cachetools import LRUCache
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.database import Database
-from s3blockfs.errors import DatabaseNotFound, ReadOnly
+from s3blockfs.errors import DatabaseNotFound, Immutable
 from s3blockfs.format.head import LABEL
 from s3blockfs.history import archived, commits
 from s3blockfs.names import SHOWN_SUFFIX, Entry
@@ -67,9 +67,9 @@ class MountedNames:
         return opened
 
     def changeable(self, path: str) -> str:
-        """The same for the catalog. Raises ReadOnly for the past."""
+        """The same for the catalog. Raises Immutable for the past."""
         if _below(path) is not None:
-            raise ReadOnly(f"{path}: the past cannot be changed")
+            raise Immutable(f"{path}: the past cannot be changed")
         return path[1:]
 
     def _states(self, path: str, wanted: str = "") -> dict[str, Entry] | None:

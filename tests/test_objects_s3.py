@@ -87,6 +87,7 @@ def test_a_file_that_cannot_be_changed(place: Place, tmp_path: Path) -> None:
         assert sqlite(file, "SELECT x FROM t", "PRAGMA integrity_check") == "1\nok"
         assert sqlite(f"file:{file}?mode=ro", "SELECT x FROM t") == "1"
         assert "readonly database" in sqlite(file, "INSERT INTO t VALUES (1)", check=False)
+        assert mount.log == "", "SQLite opens what it only reads for writing, too"
         sqlite(mount / "f" / "own.db", "CREATE TABLE t(x)", "INSERT INTO t VALUES (2)")
         script = """
 os.chdir("f")
