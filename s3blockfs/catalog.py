@@ -115,7 +115,7 @@ class Catalog(Names):
         return self._made(prefix, as_database(self._source(prefix), found), side_path, Plain)
 
     def _shared(self, prefix: str, path: str) -> Database:
-        """The same for all handles of a mount that opened one version."""
+        """The same for all handles of a mount that opened one version: SQLite opens a file more than once."""
         found = self._object(prefix)
         with self._lock:
             held = self._plain.get(prefix)

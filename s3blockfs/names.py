@@ -74,8 +74,7 @@ class Names:
             return None
         if self._is_used_below(prefix):
             return Entry(prefix, is_folder=True)
-        plain, is_fresh = self._seen_object(prefix)
-        if plain is not None and is_fresh:  # perhaps from a LIST: those need no look each
+        if (plain := self._object(prefix, look=False)) is not None:  # from a LIST, perhaps: those need no look each
             return _plain(plain)
         version = self._head(prefix)
         if version is not None and not version.head.deleted:
@@ -239,21 +238,19 @@ class Names:
         self._remember(prefix, version, now)
         return version
 
-    def _object(self, prefix: str) -> Listed | None:
-        """The plain object with this key, at most as old as the refresh interval."""
+    def _object(self, prefix: str, look: bool = True) -> Listed | None:
+        """The plain object with this key, at most as old as the refresh interval; unless `look`, if that is known."""
         now = self._runtime.monotonic()
-        known, is_fresh = self._seen_object(prefix)
-        if not is_fresh:
-            known = objectfile.find(self._source(prefix), known)
-            with self._lock:
-                self._objects[prefix] = known, now
-        return known
-
-    def _seen_object(self, prefix: str) -> tuple[Listed | None, bool]:
-        """What was seen last, and whether that is young enough."""
         with self._lock:
             known, looked_s = self._objects.get(prefix, (None, float("-inf")))
-        return known, self._runtime.monotonic() - looked_s < self._config.refresh_s
+        if now - looked_s < self._config.refresh_s:
+            return known
+        if not look:
+            return None
+        known = objectfile.find(self._source(prefix), known)
+        with self._lock:
+            self._objects[prefix] = known, now
+        return known
 
     def _shown(self, prefix: str) -> Version | None:
         """The state that is shown of a database that is in use here."""
