@@ -456,5 +456,12 @@ class Past(Database):
         raise ReadOnly(f"{self._label}: as it was at commit {self.version.head.seq}; restore that to change it")
 
 
+class Plain(Past):
+    """A plain object, as it was found."""
+
+    def _require_writable(self) -> None:
+        raise ReadOnly(f"{self._label}: a plain object, read-only; `s3blockfs import` makes a database of it")
+
+
 def _is_reserved(kind: Kind, start: int, end: int) -> bool:
     return kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE)

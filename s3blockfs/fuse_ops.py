@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
-from s3blockfs.database import Database, Past
-from s3blockfs.errors import AccessDenied, S3BlockFSError
+from s3blockfs.database import Database, Past, Plain
+from s3blockfs.errors import AccessDenied, Immutable, S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
@@ -206,18 +206,21 @@ class FileSystem(Operations):
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
-            handle = self._add_handle(info, self._side(path))
+            handle, writes = self._add_handle(info, self._side(path)), False
         else:
-            if info.flags & os.O_ACCMODE != os.O_RDONLY:
+            if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
                 self._names.changeable(path)
-                self._catalog.require_writable()
             handle = self._add_database(info, self._names.open(path))
-        if info.flags & os.O_TRUNC:
-            try:
+        try:
+            if writes and isinstance(handle.file, Plain):
+                raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
+            if writes:
+                self._catalog.require_writable()
+            if info.flags & os.O_TRUNC:
                 self._truncate(handle, 0)
-            except BaseException:
-                self.release(None, info)
-                raise
+        except BaseException:
+            self.release(None, info)
+            raise
 
     def read(self, path: str | None, size: int, offset: int, info: FileInfo) -> bytes:
         handle = self._handles[info.fh]
@@ -294,8 +297,7 @@ class FileSystem(Operations):
                 shown.pages_of = database.version.head.commit if known else None
                 shown.inode = None  # the kernel may forget it now, and give the number away
                 shown.stale = False
-        if not isinstance(database, Past):
-            self._catalog.release(database)
+        self._catalog.release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
 
@@ -401,6 +403,8 @@ class FileSystem(Operations):
             # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
             current = shown.inode is not None or shown.pages_of == database.version.head.commit
             info.keep_cache = int(current and not shown.stale)
+            # An inode has one page cache, for whichever versions of an object were opened under its name.
+            info.direct_io = int(isinstance(database, Plain))
             database.on_moved = partial(self._invalidate, database)
         return self._add_handle(info, database)
 
@@ -442,7 +446,7 @@ class FileSystem(Operations):
                     raise
 
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
-        past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_past)
+        past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_fixed)
         umask = self._umask | 0o222 * past
         mode, size = stat.S_IFREG | 0o666 & ~umask, file.size
         if isinstance(file, Entry) and file.is_folder:

@@ -44,7 +44,7 @@ def _run(command: str, folder: Path) -> str:
 @pytest.mark.mount
 def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path) -> None:
     (transcript,) = _blocks("README.md", "console")
-    on_the_mount, in_process = _blocks("README.md", "python")
+    on_the_mount, in_process, objects = _blocks("README.md", "python")
     steps = re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]
     assert len(steps) >= 6
     try:
@@ -57,7 +57,11 @@ def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path
                     place = Place(server.url, server.access_key, server.secret_key, "bucket")
                     environment = place.environment | {"AWS_ENDPOINT_URL": server.url}
                     done = shell(sys.executable, "-c", in_process, env=environment)
-                assert (done.stdout, done.stderr) == ("(3,)\n", "")
+                    assert (done.stdout, done.stderr) == ("(3,)\n", "")
+                    done = shell(sys.executable, "-c", objects, env=environment)
+                    assert (done.stdout, done.stderr) == ("['hello.txt']\n(3,)\n", "")
+                    assert _run("sqlite3 here/published.sqlite 'SELECT count(*) FROM note'", tmp_path) == "3\n"
+                    place.delete("published.sqlite")
                 _run(
                     "sqlite3 here/app.sqlite '.timeout 20000' \"DELETE FROM note WHERE text != 'written here'\"",
                     tmp_path,
