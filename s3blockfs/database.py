@@ -210,14 +210,18 @@ class Database(State):
 
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
-        if _is_reserved(kind, start, end):
-            self._lease.ask(owner)
-        with self._gate:
-            before = self.locks.level(owner)
-            self._before_grant(owner, before, kind, start, end)
-            if self.locks.try_lock(owner, kind, start, end, pid) is not None:
-                raise Busy(f"{self._label}: locked")
-            self._after_change(owner, before)
+        try:
+            if _is_reserved(kind, start, end):
+                self._lease.ask(owner)
+            with self._gate:
+                before = self.locks.level(owner)
+                self._before_grant(owner, before, kind, start, end)
+                if self.locks.try_lock(owner, kind, start, end, pid) is not None:
+                    raise Busy(f"{self._label}: locked")
+                self._after_change(owner, before)
+        except Busy:
+            self._lease.refused(owner)
+            raise
 
     def wait_lock(
         self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
