@@ -123,19 +123,6 @@ def test_folders(world: World) -> None:
             machine.remove(path)
 
 
-def test_a_database_above_one_that_is_in_use(world: World) -> None:
-    """Known before or made meanwhile, it is a file for everybody who can see it is there."""
-    machine = world.machine()
-    fill(machine, "a")
-    below = machine.connection("a/b", "side", create=True)
-    entry = machine.lookup("a")
-    assert entry is not None and not entry.is_folder
-    machine.remove("a")
-    entry = machine.lookup("a")
-    assert entry is not None and entry.is_folder
-    machine.release(below)
-
-
 def test_a_root_shows_what_is_below_it(world: World) -> None:
     """A mounted prefix: other databases are out of sight, keys carry the prefix, names do not."""
     fill(world.machine(), "in/side.db")
