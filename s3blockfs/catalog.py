@@ -83,8 +83,8 @@ class Catalog(Names):
         self._remember(prefix, version, self._runtime.monotonic())
         with self._lock:
             old = self._open.get(prefix) or self._idle.get(prefix)
-        if old is not None and old.version.head.id != version.head.id:
-            old.delete()  # elsewhere, and made anew
+        if old is not None and old.version.head.id != version.head.id and 0 < old.version.head.rev < version.head.rev:
+            old.delete()  # elsewhere, and made anew; of sqlite-s3vfs each state has an id of its own
         return self._take(prefix) or self._add(prefix, version)
 
     def connection(
