@@ -116,7 +116,7 @@ def step(sides: Sides, rng: Random) -> None:
             "read": lambda side: os.read(fds[side], length),
             "cut": lambda side: os.ftruncate(fds[side], at),
             "sync": lambda side: os.fsync(fds[side]),
-            "size": lambda side: (look(fds[side]), os.lseek(fds[side], 0, os.SEEK_CUR)),
+            "size": lambda side: (size := look(fds[side]), size == "folder" or os.lseek(fds[side], 0, os.SEEK_CUR)),
             "close": lambda side: os.close(fds[side]),
         }
         sides.do(f"{what} {opened} {at} {length}", acts[what])
