@@ -76,6 +76,7 @@ class Catalog(Names):
         check_prefix(prefix := join(self._root, path))
         self.require_writable()
         version = self._head_file(prefix).read()
+        is_new = version is None or version.head.deleted
         if version is None or version.head.deleted:
             version = self._create(prefix, version, path.rpartition("/")[2], exclusive)
         elif exclusive:
@@ -83,8 +84,10 @@ class Catalog(Names):
         self._remember(prefix, version, self._runtime.monotonic())
         with self._lock:
             old = self._open.get(prefix) or self._idle.get(prefix)
-        if old is not None and old.version.head.id != version.head.id and 0 < old.version.head.rev < version.head.rev:
-            old.delete()  # elsewhere, and made anew; of sqlite-s3vfs each state has an id of its own
+        # What was read may be older than what `old` shows, and of sqlite-s3vfs each state has an id of its own.
+        is_newer = is_new or (old is not None and 0 < old.version.head.rev < version.head.rev)
+        if old is not None and is_newer and old.version.head.id != version.head.id:
+            old.delete()  # elsewhere, and made anew
         return self._take(prefix) or self._add(prefix, version)
 
     def connection(

@@ -84,3 +84,12 @@ def test_opening_for_writing_with_what_was_read_a_while_ago(world: World, monkey
     monkeypatch.setattr(machine._head_file(P), "read", lambda *_: old)
     assert machine.create(P, exclusive=False) is database
     assert not database.is_gone
+
+
+def test_made_anew_here_while_the_old_one_is_open(world: World) -> None:
+    """Another machine removed it: who has it open here must not see the new one under its pages."""
+    machine = world.machine()
+    database = machine.open(P)
+    world.machine(faulty=False).remove(P)
+    assert machine.create(P, exclusive=False) is not database
+    assert database.is_gone
