@@ -41,6 +41,7 @@ class Catalog(Names):
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
+        self.kind: type[Database] = Database  # what `open` and `create` make; a mount's know WAL mode
         self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
 
@@ -261,7 +262,7 @@ class Catalog(Names):
         return database
 
     def _add(self, prefix: str, version: Version) -> Database:
-        database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
+        database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"), self.kind)
         with self._lock:
             if (held := self._open.get(prefix)) is None or held.is_gone:
                 return self._use(database)
