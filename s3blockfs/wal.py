@@ -65,6 +65,12 @@ def start(header: bytes) -> Position | None:
     return Position(0, found, header[16:24], page_size, words)
 
 
+def empty(page_size: int, salts: bytes) -> bytes:
+    """A log without frames. SQLite copies the salts into its index when it recovers that, so connections notice."""
+    head = struct.pack(">IIII8s", _MAGIC, _VERSION, page_size, 0, salts)
+    return head + struct.pack(">II", *checksum("<", head)) + b"\0"  # of 32 bytes SQLite would not look at the header
+
+
 def committed(read: Reader, since: Position) -> Committed | None:
     """All transactions behind `since` that are complete; None if there is none."""
     position, found = since, None

@@ -339,14 +339,17 @@ class WalDatabase(Database):
             self._broken = False
 
     def _leave(self) -> None:
-        """Another state comes. The log's content is in S3, or lost; connections find an empty one."""
+        """Another state comes. The log's content is in S3, or lost; connections find an empty one, and know by its salts
+        that what they have in their caches is old: after a recovery nothing else in the index would tell them."""
         if self._pending:
             log.error("%s: others committed; transactions that were not yet in S3 are lost", self._label)
         self._rebase()
         self._forget_log()
         self._spoil_index(INDEX_START_BYTES)
         if (file := self._log()) is not None:
+            size = header.page_size(self._view.read(0, header.HEADER_BYTES).ljust(18, b"\0")) or 4096
             file.truncate(0)
+            file.write(0, wal.empty(size, self._source.runtime.token(8)))
             self.forget_pages(file)
 
     # --- the end, and time -----------------------------------------------------------------------------
