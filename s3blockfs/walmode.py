@@ -11,7 +11,7 @@ SQLite then recovers it from the log.
 
 Invariants: while `_ahead` is set only SQLite's checkpoints write to `_view`; `_pending` are the transactions between
 `_published` and `_end`. Threads: as in `state.py`; `_log_mutex` protects `_end` and `_pending`, below all other locks.
-Readers and checkpoints never wait for a commit that is on its way."""
+Readers that have it open never wait for a commit that is on its way."""
 
 import errno
 import logging
