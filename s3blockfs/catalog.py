@@ -211,7 +211,7 @@ class Catalog(Names):
     def _require_idle(self, *places: Source) -> None:
         with self._lock:
             known = [held for at in places if (held := self._open.get(at.prefix) or self._idle.get(at.prefix))]
-        if any(held.is_dirty or held.in_doubt or list(held.locks) for held in known):
+        if any(held.is_dirty or held.is_logged or held.in_doubt or list(held.locks) for held in known):
             raise Busy(f"{self._label('')}: the database is in use; try again")
 
     def _replaced(self, prefix: str, version: Version) -> None:

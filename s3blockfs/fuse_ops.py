@@ -205,7 +205,8 @@ class FileSystem(Operations):
             self._add_database(info, self._catalog.create(name, exclusive))
             return
         if path.endswith((LOG_SUFFIX, INDEX_SUFFIX)):
-            if self._in_wal_mode(path[1:], LOG_SUFFIX, INDEX_SUFFIX) is None:
+            database = self._in_wal_mode(path[1:], LOG_SUFFIX, INDEX_SUFFIX)
+            if database is None or not self._shown[database].handles:
                 raise OSError(errno.EPERM, f"{path}: is no file of a database that is open for writing")
         else:
             self._catalog.require_writable()
@@ -320,10 +321,10 @@ class FileSystem(Operations):
         indexed = None
         if isinstance(database := handle.file, SideFile):
             indexed = self._in_wal_mode(database.path, INDEX_SUFFIX) if database.linked else None
-            if indexed is None:
-                if lock.l_type != F_UNLCK:  # SQLite never locks a journal
-                    raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
+            if indexed is None and lock.l_type == F_UNLCK:
                 return
+            if indexed is None:  # SQLite never locks a journal
+                raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
             database = indexed
         self._inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
@@ -391,8 +392,6 @@ class FileSystem(Operations):
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""
         if not side.linked:
             raise OSError(errno.EIO, f"{side.path}: was removed; its transaction is lost")
-        if side.path.endswith((LOG_SUFFIX, INDEX_SUFFIX)):
-            return
         if (database := self._database_of(side)) is not None:
             database.finalise_journal(context_pid())
         elif not side.path.endswith(SUFFIXES):

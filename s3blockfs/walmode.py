@@ -13,6 +13,7 @@ Invariants: while `_ahead` is set only SQLite's checkpoints write to `_view`; `_
 `_published` and `_end`. Threads: as in `state.py`; `_log_mutex` protects `_end` and `_pending`, below all other locks.
 Readers that have it open never wait for a commit that is on its way."""
 
+import contextlib
 import errno
 import logging
 import threading
@@ -35,6 +36,10 @@ WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 
 #: Of the index: two copies of its header, by which SQLite judges it, and how far the checkpoint and the readers are.
 INDEX_HEADERS_BYTES, INDEX_START_BYTES = 96, 136
+
+
+#: While readers that overlap keep an old state, new ones wait for so long, so often.
+HELD_BACK_S, HELD_BACK_EVERY_S = 2.0, 10.0
 
 
 class WalDatabase(Database):
@@ -150,8 +155,17 @@ class WalDatabase(Database):
             if begins:
                 self._begin_write_in_log(owner)
             elif kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
-                self._refresh(self._config.refresh_s, owner)  # SQLite looks at the index's header again after this
+                self._look(owner)  # SQLite looks at the index's header again after this
             self.index_locks.try_lock(owner, kind, start, end, pid)
+
+    def _look(self, owner: Hashable) -> None:
+        try:
+            self._refresh(self._config.refresh_s, owner)
+        except Busy:
+            # SQLite takes 10 s of this for an error, so hold readers back now and then only.
+            behind_s = self._source.runtime.monotonic() - (self._behind_s or 0.0)
+            if behind_s % HELD_BACK_EVERY_S < HELD_BACK_S:
+                raise
 
     def unlock_index(self, owner: Hashable, start: int, end: int) -> None:
         with self._gate:
@@ -339,11 +353,12 @@ class WalDatabase(Database):
             self._broken = False
 
     def _leave(self) -> None:
-        """Another state comes. The log's content is in S3, or lost; connections find an empty one, and know by its salts
-        that what they have in their caches is old: after a recovery nothing else in the index would tell them."""
+        """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by
+        its salts that what is in their caches is old: after a recovery nothing else in the index tells them."""
         if self._pending:
             log.error("%s: others committed; transactions that were not yet in S3 are lost", self._label)
-        self._rebase()
+        if self._ahead is not None:
+            self._view.move(self._ahead.snapshot)
         self._forget_log()
         self._spoil_index(INDEX_START_BYTES)
         if (file := self._log()) is not None:
@@ -361,7 +376,11 @@ class WalDatabase(Database):
             self._pending_s = now  # there may be something that no lock tells of
         if self._pending_s is not None and now - self._pending_s >= self._config.group_commit_s:
             self._pending_s = now
-            self._source.runtime.submit(self._flush_soon)
+            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
+                self._source.runtime.submit(self._flush_soon)
+        if self.is_logged and not list(self.locks):
+            with contextlib.suppress(RuntimeError):
+                self._source.runtime.submit(self._tidy)
 
     def _flush_soon(self) -> None:
         try:
@@ -378,6 +397,20 @@ class WalDatabase(Database):
             log.warning("%s: not yet published: %s", self._label, error)
         with self._gate:
             if not self._pending and not self.is_writing:
+                self._lease.done(self)
+
+    def _tidy(self) -> None:
+        """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
+        with self._gate, self._changing():
+            if self.is_logged and not list(self.locks) and self._doubt is None:
+                try:
+                    self._flush()
+                    self._rebase()
+                except (S3BlockFSError, OSError) as error:
+                    log.warning("%s: not yet published: %s", self._label, error)
+                    return
+                self._end_log()
+                self._moved = True
                 self._lease.done(self)
 
     def _go_on(self, version: Version | None) -> None:
