@@ -150,13 +150,16 @@ class WalDatabase(Database):
             self._lease.ask(owner)
         with self._gate:
             self._require_settled()
-            if self.index_locks.test(owner, kind, start, end) is not None:
-                raise Busy(f"{self._label}: locked")
-            if begins:
-                self._begin_write_in_log(owner)
-            elif kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
+            if kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
                 self._look(owner)  # SQLite looks at the index's header again after this
-            self.index_locks.try_lock(owner, kind, start, end, pid)
+            if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
+                raise Busy(f"{self._label}: locked")
+            if begins:  # locked already: a commit in the background must not give the lease away any more
+                try:
+                    self._begin_write_in_log(owner)
+                except BaseException:
+                    self.index_locks.unlock(owner, start, end)
+                    raise
 
     def _look(self, owner: Hashable) -> None:
         try:
@@ -240,7 +243,7 @@ class WalDatabase(Database):
                 self._scan()
             found = len(self._pending) > known
             try:
-                self._flush()
+                self._flush(ends=found)
             except BaseException:
                 if found:  # of a writer with locking_mode=EXCLUSIVE nobody knows what it takes for committed
                     self._broken = True
@@ -283,12 +286,14 @@ class WalDatabase(Database):
             if self._pending and self._pending_s is None:
                 self._pending_s = self._source.runtime.monotonic()
 
-    def _flush(self) -> None:
-        """Publish all that is pending, as one commit."""
+    def _flush(self, ends: bool = False) -> None:
+        """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
         pending, file, view = list(self._pending), self._log(), self._ahead
         if not pending or file is None or view is None:
             return
         self._require_writable()
+        if not ends and self.is_writing:
+            self._lease.stays()
         try:
             for each in pending:
                 if each.cut < view.size:

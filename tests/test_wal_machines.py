@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from mounting import PATIENCE_S, Client, Place, SqlError, command, fresh_name, mounted, sqlite
+from mounting import PATIENCE_S, Client, Place, SqlError, command, fresh_name, mounted, shell, sqlite
 from pairs import Pair, same_everywhere, two_mounts
 from proxy import Fault, FaultProxy, Request
 from test_mount_kill import check, commit_until_killed
@@ -88,12 +89,15 @@ def test_a_reader_keeps_its_state_while_others_commit(pair: Pair, name: str) -> 
         reader("BEGIN")
         assert reader("SELECT count(*) FROM t") == [[1]]
         for number in range(2, 5):
-            writer(f"INSERT INTO t VALUES ({number}, randomblob(5000))")
+            in_time(partial(writer, f"INSERT INTO t VALUES ({number}, randomblob(5000))"))
             assert reader("SELECT count(*), sum(a) FROM t") == [[1, 1]]
         with pytest.raises(SqlError, match="locked"):
             behind("BEGIN IMMEDIATE")
         with pytest.raises(SqlError, match="locked"):
             reader("INSERT INTO t VALUES (9, 9)")
+        began = time.monotonic()
+        assert behind("SELECT count(*), sum(a) FROM t") == [[1, 1]]  # after a pause in which the first could have ended
+        assert time.monotonic() - began < 8
         reader("ROLLBACK")
         assert reader("SELECT count(*), sum(a) FROM t") == behind("SELECT count(*), sum(a) FROM t") == [[4, 10]]
         in_time(lambda: behind("INSERT INTO t VALUES (5, 5)"))
@@ -155,6 +159,37 @@ def test_a_commit_that_fails(pair: Pair, name: str, exclusive: bool) -> None:
     assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == total
     sqlite(pair.here / name, "INSERT INTO t VALUES (100, 0)")
     assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == str(int(total) + 100)
+
+
+def test_an_exclusive_session_keeps_others_out(pair: Pair, name: str) -> None:
+    create(pair.here / name)
+    with Client(pair.here / name) as one, Client(pair.elsewhere / name) as two:
+        one("SELECT count(*) FROM t")  # first, or SQLite stays in that mode until it is closed
+        one("PRAGMA locking_mode=EXCLUSIVE", "INSERT INTO t VALUES (1, 1)")
+        until = time.monotonic() + 3.5  # longer than an unchanged lease is respected
+        while time.monotonic() < until:
+            with pytest.raises(SqlError, match="locked"):
+                two("INSERT INTO t VALUES (2, 2)")
+            assert two("SELECT sum(a) FROM t") == [[1]]
+            time.sleep(0.1)
+        one("INSERT INTO t VALUES (3, 3)")
+        assert two("SELECT sum(a) FROM t") == [[4]]
+        one("PRAGMA locking_mode=NORMAL", "SELECT count(*) FROM t")
+        in_time(lambda: two("INSERT INTO t VALUES (2, 2)"))
+        assert one("SELECT sum(a) FROM t") == [[6]]
+    assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == "6"
+
+
+def test_the_end_of_a_mount_publishes_what_waits(place: Place, tmp_path: Path) -> None:
+    with mounted(place, tmp_path, "--group-commit", "60") as mount:
+        create(mount / "a.db")
+        with Client(mount / "a.db") as client:
+            client("PRAGMA synchronous=NORMAL", "INSERT INTO t VALUES (1, 1)", "INSERT INTO t VALUES (2, 2)")
+            mount.signal(signal.SIGTERM)
+            assert mount.wait() == 0, mount.log
+            shell("fusermount", "-u", "-z", mount.directory)
+    with mounted(place, tmp_path) as mount:
+        assert sqlite(mount / "a.db", "SELECT sum(a) FROM t; PRAGMA integrity_check") == "3\nok"
 
 
 def test_a_commit_that_is_lost(pair: Pair, name: str) -> None:
