@@ -134,11 +134,17 @@ class WalDatabase(Database):
         return self.index_locks.test(None, Kind.WRITE, WRITE, LAST_READ) is not None or self._is_exclusive()
 
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
-        if self._log() is not None:
-            if not self._writing.acquire(blocking=False):
-                return  # a commit is on its way, which may take long
+        if self._log() is None:
+            super()._refresh(max_age_s, owner)
+        elif self._writing.acquire(blocking=False):  # else a commit is on its way, which may take long
             self._writing.release()
-        super()._refresh(max_age_s, owner)
+            try:
+                super()._refresh(max_age_s, owner)
+            except Busy:
+                # SQLite takes 10 s of this for an error, so hold readers back now and then only.
+                behind_s = self._source.runtime.monotonic() - (self._behind_s or 0.0)
+                if behind_s % HELD_BACK_EVERY_S < HELD_BACK_S:
+                    raise
 
     # --- the index -------------------------------------------------------------------------------------
 
@@ -151,7 +157,7 @@ class WalDatabase(Database):
         with self._gate:
             self._require_settled()
             if kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
-                self._look(owner)  # SQLite looks at the index's header again after this
+                self._refresh(self._config.refresh_s, owner)  # SQLite looks at the index's header again after this
             if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
             if begins:  # locked already: a commit in the background must not give the lease away any more
@@ -160,15 +166,6 @@ class WalDatabase(Database):
                 except BaseException:
                     self.index_locks.unlock(owner, start, end)
                     raise
-
-    def _look(self, owner: Hashable) -> None:
-        try:
-            self._refresh(self._config.refresh_s, owner)
-        except Busy:
-            # SQLite takes 10 s of this for an error, so hold readers back now and then only.
-            behind_s = self._source.runtime.monotonic() - (self._behind_s or 0.0)
-            if behind_s % HELD_BACK_EVERY_S < HELD_BACK_S:
-                raise
 
     def unlock_index(self, owner: Hashable, start: int, end: int) -> None:
         with self._gate:
