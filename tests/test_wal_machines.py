@@ -442,3 +442,15 @@ def test_processes_that_die(pair: Pair, name: str, where: str, synchronous: str)
             process.stderr.close()
             process.wait()
     in_time(lambda: same_everywhere(pair, name, "SELECT * FROM latest ORDER BY writer"), "")
+
+
+@pytest.mark.parametrize("seconds", [8, pytest.param(120, marks=pytest.mark.long)])
+def test_many_processes_that_look_now_and_then(place: Place, tmp_path: Path, seconds: float) -> None:
+    """With the default `--refresh`, and checkpoints, logs and leases as they come."""
+    seed = random.SystemRandom().randrange(1 << 30)
+    print("seed", seed)
+    with two_mounts(place, tmp_path, "--refresh", "1") as pair:
+        here, there = pair.here / "a.db", pair.elsewhere / "a.db"
+        assert all(commits for commits, _ in soak([here, there, here, there, here], seconds, "FULL", seed))
+        time.sleep(1.1)  # until every mount has to look again
+        same_everywhere(pair, "a.db", "SELECT * FROM latest ORDER BY writer")
