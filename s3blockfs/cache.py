@@ -16,8 +16,8 @@ from functools import partial
 from cachetools import LRUCache
 
 from s3blockfs import metrics
-from s3blockfs.errors import ObjectNotFound, S3BlockFSError, StoreUnavailable
-from s3blockfs.format.data import OBJECT_BYTES, FrameAddress, decode_frame
+from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError, StoreUnavailable
+from s3blockfs.format.data import OBJECT_BYTES, FrameAddress
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
@@ -98,20 +98,23 @@ class BlockCache:
 
     def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
         """One GET for frames of one object; resolves the future of each, whatever happens."""
-        start, key = run[0].pos, run[0].ref.key(prefix)
+        start, key, etag = run[0].pos, run[0].ref.key(prefix), run[0].ref.etag
         name = f"{self._store.name}/{key}"
         body: memoryview | None = None
         failure: BaseException | None = None
         try:
-            body = memoryview(self._store.get(key, site="block", start=start, length=run[-1].end - start).body)
-        except ObjectNotFound:
-            body = None  # damage, with the bytes that it costs
+            length = run[-1].end - start
+            found = self._store.get(key, site="block", start=start, length=length, if_match=etag)
+            if etag in (None, found.etag):  # not every store knows If-Match on GET
+                body = memoryview(found.body)
+        except (ObjectNotFound, PreconditionFailed):
+            body = None  # damage, with the bytes that it costs; or a plain object that was replaced
         except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
             failure = error
         for address in run:
             try:
                 frame = body and body[address.pos - start : address.end - start]
-                result = failure or decode_frame(frame, address, name)
+                result = failure or address.decode(frame, name)
             except S3BlockFSError as error:  # damaged, or of a newer format
                 result = error
             if isinstance(result, bytes):

@@ -9,11 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
+
+from cachetools import LRUCache
 
 from s3blockfs.config import Config
-from s3blockfs.database import Database, Past
-from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, StoreError
+from s3blockfs.database import Database, Past, Plain
+from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, ReadOnly, StoreError
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, check_prefix, join
@@ -21,7 +23,8 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.history import open_at
 from s3blockfs.lease import Lease
 from s3blockfs.legacy import report_stale
-from s3blockfs.names import Names, undotted
+from s3blockfs.names import DATABASE_SUFFIXES, Names, undotted
+from s3blockfs.objectfile import as_database
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -38,10 +41,12 @@ class Catalog(Names):
         super().__init__(store, runtime, config, root)
         self._open: dict[str, Database] = {}
         self._users: dict[Database, int] = {}
+        self._plain: LRUCache[str, Database] = LRUCache(IDLE_KEPT)
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
         self.kind: type[Database] = Database  # what `open` and `create` make; a mount's know WAL mode
+        self.files: WeakSet[object] = WeakSet()  # open ones that read or write by it (files.py)
         self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
 
@@ -49,6 +54,8 @@ class Catalog(Names):
         """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
         if (entry := self.lookup(path)) is None or entry.is_folder:
             raise DatabaseNotFound(f"{self._label(path)}: no such database")
+        if entry.is_fixed:
+            return self._shared(entry.prefix, path)
         database = self._take(entry.prefix)
         if database is None:
             version = self._head(entry.prefix)
@@ -81,11 +88,17 @@ class Catalog(Names):
             old.delete()  # elsewhere, and made anew
         return self._take(prefix) or self._add(prefix, version)
 
-    def connection(self, path: str, side_path: str, create: bool, at: int | str | None = None) -> Database:
+    def connection(
+        self, path: str, side_path: str, create: bool, at: int | str | None = None, is_object: bool = False
+    ) -> Database:
         """A Database for one connection alone: its own snapshot, its own transaction, its side files at `side_path`.
-        `path` is a key prefix below the root. Raises DatabaseNotFound unless `create`, with `at` what `past` raises."""
+        `path` is a key prefix below the root, or the key of a plain object. Raises DatabaseNotFound unless `create`,
+        with `at` what `past` raises, and NotSupported."""
         check_prefix(prefix := join(self._root, path))
-        database = self._newest(prefix, path, side_path, create) if at is None else self.past(prefix, side_path, at)
+        if is_object:
+            database = self.plain(prefix, side_path)
+        else:
+            database = self._newest(prefix, path, side_path, create) if at is None else self.past(prefix, side_path, at)
         with self._lock:
             self._users[database] = 1
         return database
@@ -96,6 +109,23 @@ class Catalog(Names):
         state = open_at(source, heads, at)
         return self._made(prefix, state.version._replace(snapshot=state), side_path, Past)
 
+    def plain(self, prefix: str, side_path: str) -> Database:
+        """The object with this key, to be read only; nobody counts its users. Raises DatabaseNotFound, NotSupported."""
+        if (found := self._object(prefix)) is None:
+            raise DatabaseNotFound(f"{self._store.name}/{prefix}: no such object")
+        return self._made(prefix, as_database(self._source(prefix), found), side_path, Plain)
+
+    def _shared(self, prefix: str, path: str) -> Database:
+        """The same for all handles of a mount that opened one version: SQLite opens a file more than once."""
+        found = self._object(prefix)
+        with self._lock:
+            held = self._plain.get(prefix)
+        if held is None or found is None or held.version.etag != found.etag:
+            held = self.plain(prefix, path)
+            with self._lock:
+                self._plain[prefix] = held
+        return held
+
     def _newest(self, prefix: str, path: str, side_path: str, create: bool) -> Database:
         version = self._head(prefix)
         if version is None or version.head.deleted:  # a moment ago, perhaps: look again
@@ -104,6 +134,9 @@ class Catalog(Names):
                 if not create:
                     raise DatabaseNotFound(f"{self._label(path)}: no such database")
                 self.require_writable(prefix)
+                if prefix.endswith(DATABASE_SUFFIXES) and self._object(prefix) is not None:
+                    text = "a plain object, read-only; open it with connect(object=...), or `s3blockfs import` it"
+                    raise ReadOnly(f"{self._label(path)}: {text}")
                 version = self._create(prefix, version, None, exclusive=False)
             self._remember(prefix, version, self._runtime.monotonic())
         return self._made(prefix, version, side_path)
@@ -114,6 +147,8 @@ class Catalog(Names):
         if not database.is_gone and not isinstance(database, Past):
             self._remember(database.prefix, database.version, database.checked_s)
         with self._lock:
+            if isinstance(database, Past) and database not in self._users:
+                return  # a mount does not count those
             self._users[database] -= 1
             if self._users[database]:
                 return
@@ -167,6 +202,8 @@ class Catalog(Names):
         if (entry := self.lookup(old)) is not None and entry.is_folder:
             if f"{new}/".startswith(f"{old}/"):
                 raise OSError(errno.EINVAL, f"{self._label(old)}: cannot be moved into itself; choose another name")
+            for _, inside in self.listing(old):
+                self._require_database(inside)
             if self.lookup(new) is not None:
                 self.remove_folder(new)
             self.make_folder(new)
@@ -198,6 +235,8 @@ class Catalog(Names):
         self.require_writable()
         if (entry := self.lookup(path)) is not None and entry.is_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if entry is not None:
+            self._require_database(entry)
         check_prefix(prefix := join(self._root, path) if entry is None else entry.prefix)
         heads = self._head_file(prefix)
         base = heads.read()

@@ -12,7 +12,7 @@ Threads: see `state.py`, which says which committed state is shown."""
 
 import errno
 import logging
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 from s3blockfs import header
 from s3blockfs.commit import SUPERSEDED, Publisher
@@ -31,7 +31,7 @@ from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -60,6 +60,7 @@ class Database(State):
         self._journal_images_committed = True
         self._behind_s: float | None = None
         self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
+        self._began: tuple[Hashable, bytes] = (None, b"")  # who took RESERVED last, and on which commit
         self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
         self.locks = RangeLocks()
         self.path = path
@@ -83,7 +84,7 @@ class Database(State):
 
     # --- changing --------------------------------------------------------------------------------------
 
-    def write(self, offset: int, data: bytes, owners: Container[Hashable] | None = None) -> None:
+    def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
@@ -98,18 +99,20 @@ class Database(State):
         if self.locks.writers() and header.switches_to_wal(offset, data, committed):
             raise NotSupported(f"{self._label}: journal_mode=WAL works on a mount only; stay with DELETE")
 
-    def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
+    def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
         with self._changing():
             if self._takes_writes(owners) and size != self.size:
                 self._convert()
                 self._view.truncate(size)
 
-    def _takes_writes(self, owners: Container[Hashable] | None) -> bool:
+    def _takes_writes(self, owners: Collection[Hashable] | None) -> bool:
         """False in discard mode, for the owner in it; bytes of others must not vanish silently meanwhile."""
         self._require_writable()
         if self._discarding is not None and owners is not None and self._discarding not in owners:
             raise StoreUnavailable(f"{self._label}: another program's failed transaction is being undone; try again")
+        if owners and not any(self.locks.level(owner) >= Level.RESERVED for owner in owners):
+            raise StoreUnavailable(f"{self._label}: its locks were let go; two SQLites in one process?")
         return self._discarding is None
 
     def journal_begins(self) -> None:
@@ -226,14 +229,18 @@ class Database(State):
 
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
-        if _is_reserved(kind, start, end):
-            self._lease.ask(owner)
-        with self._gate:
-            before = self.locks.level(owner)
-            self._before_grant(owner, before, kind, start, end)
-            if self.locks.try_lock(owner, kind, start, end, pid) is not None:
-                raise Busy(f"{self._label}: locked")
-            self._after_change(owner, before)
+        try:
+            if _is_reserved(kind, start, end):
+                self._lease.ask(owner)
+            with self._gate:
+                before = self.locks.level(owner)
+                self._before_grant(owner, before, kind, start, end)
+                if self.locks.try_lock(owner, kind, start, end, pid) is not None:
+                    raise Busy(f"{self._label}: locked")
+                self._after_change(owner, before)
+        except Busy:
+            self._lease.refused(owner)
+            raise
 
     def wait_lock(
         self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, interrupted: Callable[[], bool]
@@ -276,6 +283,11 @@ class Database(State):
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
                 self._lease.granted(owner)
+                self._began = owner, self.version.head.commit
+        elif kind is Kind.WRITE and (start, end, level) == (PENDING_BYTE, PENDING_BYTE, Level.NONE):
+            if self._began != (owner, self.version.head.commit):  # SQLite holds SHARED here, and believes so
+                text = "another SQLite library of its process gave up the locks of this transaction; run it again"
+                raise CommitLost(f"{self._label}: {text}")
         elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and self._doomed[0] == owner:
             text = f"{self._label}: changed elsewhere; roll back, and run the transaction again"
             if self._source.runtime.monotonic() - self._doomed[1] < LONG_BEHIND_S:
@@ -474,6 +486,13 @@ class Past(Database):
 
     def _require_writable(self) -> None:
         raise ReadOnly(f"{self._label}: as it was at commit {self.version.head.seq}; restore that to change it")
+
+
+class Plain(Past):
+    """A plain object, as it was found."""
+
+    def _require_writable(self) -> None:
+        raise ReadOnly(f"{self._label}: a plain object, read-only; `s3blockfs import` makes a database of it")
 
 
 def _is_reserved(kind: Kind, start: int, end: int) -> bool:

@@ -82,6 +82,10 @@ class DatabaseExists(S3BlockFSError, errno=codes.EEXIST, exit_code=7):
     """A database of that name exists."""
 
 
+class ObjectReplaced(StoreError, errno=codes.ESTALE, exit_code=7):
+    """A plain object is not, or no longer, the one that was opened."""
+
+
 class DatabaseGone(S3BlockFSError, errno=codes.ESTALE, exit_code=7):
     """The database was deleted or replaced by somebody else while it was open here."""
 
@@ -100,6 +104,10 @@ class Busy(S3BlockFSError, errno=codes.EAGAIN, exit_code=7):
 
 class ReadOnly(S3BlockFSError, errno=codes.EROFS, exit_code=4):
     """Writing is not possible here: a read-only mount, or a store without conditional PUTs."""
+
+
+class Immutable(ReadOnly):
+    """The past, or a plain object. Opening it for writing is how SQLite begins to read it."""
 
 
 class NotSupported(S3BlockFSError, errno=codes.EOPNOTSUPP):

@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from s3blockfs.errors import EnvironmentProblem, S3BlockFSError, UsageError
+from s3blockfs.errors import EnvironmentProblem, Immutable, S3BlockFSError, UsageError
 from s3blockfs.mountpoint import SUBTYPE, require
 
 try:
@@ -71,6 +71,7 @@ class FileInfo(Protocol):
 
     fh: int  # the file system's handle
     flags: int  # of open(2)
+    direct_io: int  # set to 1 in open: read by this handle alone, past the kernel's pages
     keep_cache: int  # set to 1 in open: keep the pages that the kernel has of this inode
     lock_owner: int  # in lock and flush: who asks, one value per descriptor table, that is, per process
 
@@ -222,7 +223,8 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
             failure: BaseException = error
             if error.errno and error.errno in errno.errorcode:  # not None; and 512.. would get no answer
                 code = error.errno
-            level = logging.ERROR if code in _TO_BE_EXPLAINED else logging.DEBUG
+            is_usual = isinstance(error, Immutable) and name == "open"
+            level = logging.ERROR if code in _TO_BE_EXPLAINED and not is_usual else logging.DEBUG
             log.log(level, "%s: %s: %s", name, type(error).__name__, error)
         except BaseException as error:
             if isinstance(error, UnicodeDecodeError) and error.object in arguments:

@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
-from s3blockfs.database import Database, Past
-from s3blockfs.errors import AccessDenied, S3BlockFSError
+from s3blockfs.database import Database, Past, Plain
+from s3blockfs.errors import AccessDenied, Immutable, S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.locks import TO_END, Kind, Level
@@ -216,18 +216,21 @@ class FileSystem(Operations):
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
-            handle = self._add_handle(info, self._side(path))
+            handle, writes = self._add_handle(info, self._side(path)), False
         else:
-            if info.flags & os.O_ACCMODE != os.O_RDONLY:
+            if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
                 self._names.changeable(path)
-                self._catalog.require_writable()
             handle = self._add_database(info, self._names.open(path))
-        if info.flags & os.O_TRUNC:
-            try:
+        try:
+            if writes and isinstance(handle.file, Plain):
+                raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
+            if writes:
+                self._catalog.require_writable()
+            if info.flags & os.O_TRUNC:
                 self._truncate(handle, 0)
-            except BaseException:
-                self.release(None, info)
-                raise
+        except BaseException:
+            self.release(None, info)
+            raise
 
     def read(self, path: str | None, size: int, offset: int, info: FileInfo) -> bytes:
         handle = self._handles[info.fh]
@@ -254,12 +257,10 @@ class FileSystem(Operations):
 
     def truncate(self, path: str | None, length: int, info: FileInfo | None = None) -> None:
         if info is not None:
-            self._truncate(self._handles[info.fh], length)
-            return
+            return self._truncate(self._handles[info.fh], length)
         assert path is not None
         if is_side_file(path):
-            self._truncate_side(self._side(path), length)
-            return
+            return self._truncate_side(self._side(path), length)
         database = self._catalog.open(self._names.changeable(path))
         try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
@@ -310,8 +311,7 @@ class FileSystem(Operations):
                 shown.pages_of = database.version.head.commit if known else None
                 shown.inode = None  # the kernel may forget it now, and give the number away
                 shown.stale = False
-        if not isinstance(database, Past):
-            self._catalog.release(database)
+        self._catalog.release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
 
@@ -328,8 +328,7 @@ class FileSystem(Operations):
             database = indexed
         self._inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
-            (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
-            return
+            return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
         self._require_not_moved(database)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:
@@ -381,8 +380,8 @@ class FileSystem(Operations):
     @staticmethod
     def _require_sound(handle: _Handle) -> None:
         if handle.failed:
-            path = handle.file.path
-            raise OSError(errno.EIO, f"{path}: what was written through this descriptor is lost; open it again")
+            text = "what was written through this descriptor is lost; open it again"
+            raise OSError(errno.EIO, f"{handle.file.path}: {text}")
 
     def _require_not_moved(self, database: Database) -> None:
         if self._shown[database].moved:
@@ -437,6 +436,8 @@ class FileSystem(Operations):
             # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
             current = shown.inode is not None or shown.pages_of == database.version.head.commit
             info.keep_cache = int(current and not shown.stale)
+            # An inode has one page cache, for whichever versions of an object were opened under its name.
+            info.direct_io = int(isinstance(database, Plain))
             database.on_moved = partial(self._invalidate, database)
             if isinstance(database, WalDatabase):
                 database.forget_pages = self._forget_pages
@@ -488,7 +489,7 @@ class FileSystem(Operations):
                 raise
 
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
-        past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_past)
+        past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_fixed)
         umask = self._umask | 0o222 * past
         mode, size = stat.S_IFREG | 0o666 & ~umask, file.size
         if isinstance(file, Entry) and file.is_folder:

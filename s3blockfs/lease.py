@@ -17,6 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from s3blockfs.config import Config
 from s3blockfs.errors import Busy, S3BlockFSError
@@ -42,10 +43,22 @@ LONGEST_S = 600  # nobody's lease is respected for longer without a sign of life
 #: head, so others need a moment to line up; a longer one when commits take long. Half while nobody else was met.
 REST_S = 0.6
 
-#: A writer of this process that asked in vain for so long goes before those that came later, unless it has not asked
-#: for GIVES_UP_S (most of what it tries fails at SHARED already: the others are in their commits).
+#: A writer of this process that asked in vain for so long goes before those that came later, unless nothing was seen of
+#: it for GIVES_UP_S, or it came as far as asking for a write lock too long ago: perhaps it only reads by now.
 PATIENT_S = 0.5
 GIVES_UP_S = 2.0
+READS_S = 15.0
+
+
+class _Wait(NamedTuple):
+    """For a write lock: the first and the last time it was asked for, and the last sign of life."""
+
+    first_s: float
+    last_s: float
+    seen_s: float
+
+    def goes_on(self, now: float) -> bool:
+        return now - self.seen_s < GIVES_UP_S and now - self.last_s < READS_S
 
 
 class Stale(Busy):
@@ -69,7 +82,7 @@ class Lease:
         self._contended_s = self._ask_again_s = -math.inf
         self._passed = ""  # the nonce of the lease that was passed on last
         self._refused_s = (-math.inf, -math.inf)  # the first and the last time in a row
-        self._asking: dict[Hashable, tuple[float, float]] = {}  # the first and the last time, by owner of a write lock
+        self._asking: dict[Hashable, _Wait] = {}  # by owner of a write lock
 
     @property
     def is_held(self) -> bool:
@@ -83,11 +96,17 @@ class Lease:
         self._runtime.sleep(max(self._rest_until_s - self._runtime.monotonic(), 0.0))
         now = self._runtime.monotonic()
         with self._line:
-            asking = {other: times for other, times in self._asking.items() if now - times[1] < GIVES_UP_S}
-            first_s, _ = asking.get(owner, (now, now))
-            self._asking = {**asking, owner: (first_s, now)}
-        if any(other_s < first_s and last_s - other_s >= PATIENT_S for other_s, last_s in asking.values()):
+            asking = {other: wait for other, wait in self._asking.items() if wait.goes_on(now)}
+            self._asking = {**asking, owner: _Wait(asking.get(owner, _Wait(now, now, now)).first_s, now, now)}
+            mine = self._asking[owner]
+        if any(wait.first_s < mine.first_s and wait.seen_s - wait.first_s >= PATIENT_S for wait in asking.values()):
             raise Busy(f"{self.heads.prefix}: another connection has waited for longer")
+
+    def refused(self, owner: Hashable) -> None:
+        """Any lock: who waits for a write lock is mostly refused at SHARED, while the others are in their commits."""
+        with self._line:
+            if (wait := self._asking.get(owner)) is not None:
+                self._asking[owner] = wait._replace(seen_s=self._runtime.monotonic())
 
     def granted(self, owner: Hashable) -> None:
         """It has its write lock, and will be the last in line when it asks again."""

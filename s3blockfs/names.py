@@ -2,7 +2,8 @@
 
 A database with prefix `a/b.sqlite` is the file `a/b.sqlite`; one whose last part has no dot (`tenants/acme`) is shown
 as `tenants/acme.sqlite` and found under both names, unless its head records that it was created under its exact name.
-Exact names win. Prefixes above databases are folders.
+Exact names win. Prefixes above databases are folders. An object whose name ends like a database's is shown as well, to
+be read only, unless there is a database of that name.
 
 Thread rule: any thread; `_lock` is never held during a request to the store."""
 
@@ -17,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
-from s3blockfs import errors
+from s3blockfs import errors, objectfile
 from s3blockfs.cache import BlockCache
 from s3blockfs.capabilities import ensure_safe
 from s3blockfs.config import Config
@@ -25,7 +26,7 @@ from s3blockfs.dirty import spill_folder
 from s3blockfs.format import keys
 from s3blockfs.format.keys import check_prefix, deleted_mark_key, is_prefix, join
 from s3blockfs.legacy import AnyHead
-from s3blockfs.objectstore import ObjectStore
+from s3blockfs.objectstore import Listed, ObjectStore
 from s3blockfs.runtime import Runtime
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFiles, is_side_file
 from s3blockfs.snapshot import Source, Version
@@ -47,7 +48,7 @@ class Entry:
     size: int = 0
     modified_s: float = 0.0
     shown_as: str | None = None  # the name in a listing, where it is another one than was asked for
-    is_past: bool = False  # cannot be changed
+    is_fixed: bool = False  # cannot be changed: of the past, or a plain object
 
 
 class Names:
@@ -59,6 +60,8 @@ class Names:
         self._lock = threading.Lock()
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
         self._head_files: WeakValueDictionary[str, AnyHead] = WeakValueDictionary()
+        self._objects: LRUCache[str, tuple[Listed | None, float]] = LRUCache(PROBES_KEPT)
+        self._folders: LRUCache[str, float] = LRUCache(HEADS_KEPT)
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
         self._safe = config.only_writer
         self.side_files = SideFiles(spill_folder(config.spill_dir))
@@ -73,21 +76,22 @@ class Names:
             known = (self._heads.get(prefix) or (None,))[0]
         if (known is None or known.head.deleted) and self._is_used_below(prefix):  # without asking: also in an outage
             return Entry(prefix, is_folder=True)
+        if (plain := self._object(prefix, look=False)) is not None:  # from a LIST, perhaps: those need no look each
+            return _plain(plain)
         version = self._head(prefix)
-        if version is not None:
-            if version.head.deleted:
-                return None
+        if version is not None and not version.head.deleted:
             entry, name = _entry(prefix, version), path.rpartition("/")[2]
             if "." in name or version.head.name is not None:
                 return entry
             hidden = self._head(prefix + SHOWN_SUFFIX) is not None
             return entry if hidden else replace(entry, shown_as=name + SHOWN_SUFFIX)
-        if (alias := undotted(path)) is not None:
-            version = self._head(prefix := join(self._root, alias))
+        if version is None and (alias := undotted(path)) is not None:
+            version = self._head(other := join(self._root, alias))
             if version is not None and not version.head.deleted and version.head.name is None:
-                return _entry(prefix, version)
-        is_folder = not path.endswith(DATABASE_SUFFIXES) and self._is_folder(path)
-        return Entry(join(self._root, path), is_folder=True) if is_folder else None
+                return _entry(other, version)
+        if path.endswith(DATABASE_SUFFIXES):
+            return _plain(found) if (found := self._object(prefix)) else None
+        return Entry(prefix, is_folder=True) if version is None and self._is_folder_lately(path) else None
 
     def listing(self, folder: str) -> list[tuple[str, Entry]]:
         """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
@@ -95,9 +99,9 @@ class Names:
         start = f"{base}/" if base else ""
         marks_start = f"{deleted_mark_key(base, '')}/"
         marks = self._runtime.submit(lambda: list(self._store.list(marks_start, site="list-deleted")))
-        rolled = (listed.key[:-1] for listed in self._store.list(start, site="list", delimiter="/") if listed.is_prefix)
-        names = [prefix[len(start) :] for prefix in rolled if is_prefix(prefix)]
-        marked = {listed.key[len(marks_start) :] for listed in marks.result()}
+        now, listed = self._runtime.monotonic(), list(self._store.list(start, site="list", delimiter="/"))
+        names = [each.key[len(start) : -1] for each in listed if each.is_prefix and is_prefix(each.key[:-1])]
+        marked = {mark.key[len(marks_start) :] for mark in marks.result()}
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
         journals = {name + JOURNAL_SUFFIX for name in names}  # left by sqlite-s3vfs
@@ -122,15 +126,27 @@ class Names:
             elif not version.head.deleted:
                 exact = "." in name or version.head.name is not None or name + SHOWN_SUFFIX in names
                 found[name if exact else name + SHOWN_SUFFIX] = _entry(start + name, version)
+        for plain in listed:
+            name = plain.key[len(start) :]
+            if name.endswith(DATABASE_SUFFIXES) and is_prefix(plain.key) and name not in found:
+                found[name] = _plain(plain)
+                with self._lock:
+                    self._objects[plain.key] = plain, now
         return sorted(found.items())
 
     def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
         if (entry := self.lookup(path)) is not None and not entry.is_folder:
+            self._require_database(entry)
             source, heads = self.at(entry.prefix)
             if (version := heads.read()) is not None and not version.head.deleted:
                 return source, heads, version
         raise errors.DatabaseNotFound(f"{self._label(path)}: no such database")
+
+    def _require_database(self, entry: Entry) -> None:
+        if entry.is_fixed:
+            name = f"{self._store.name}/{entry.prefix}"
+            raise errors.ReadOnly(f"{name}: a plain object, read-only; `s3blockfs import {name} BUCKET/NAME` stores it")
 
     def at(self, prefix: str) -> tuple[Source, AnyHead]:
         """Of a whole key prefix, whatever is there."""
@@ -161,6 +177,8 @@ class Names:
         # What was deleted in it leaves tombstones, and some stores list empty prefixes for a while.
         self._store.put(deleted_mark_key(parent, name), b"", site="mark-deleted")
         self._store.delete([keys.folder_mark_key(entry.prefix)], site="unmark-folder")
+        with self._lock:
+            self._folders.pop(entry.prefix, None)
 
     def require_writable(self, prefix: str = "") -> None:
         """Raises ReadOnly, or what the probe of the store raises; asks the store once in a process's life: at the root,
@@ -170,6 +188,17 @@ class Names:
         if not self._safe:
             ensure_safe(self._store, self._root or prefix.rpartition("/")[0], self._runtime)
             self._safe = True
+
+    def _is_folder_lately(self, path: str) -> bool:
+        """One that was a folder a moment ago still is: the kernel asks at every step of every path."""
+        prefix, now = join(self._root, path), self._runtime.monotonic()
+        with self._lock:
+            if now - self._folders.get(prefix, float("-inf")) < self._config.refresh_s:
+                return True
+        if is_folder := self._is_folder(path):
+            with self._lock:
+                self._folders[prefix] = now
+        return is_folder
 
     def _is_folder(self, path: str) -> bool:
         """Whether keys below `path`, which has no head, make it a folder. A removed one may still hold tombstones: it
@@ -211,6 +240,20 @@ class Names:
         self._remember(prefix, version, now)
         return version
 
+    def _object(self, prefix: str, look: bool = True) -> Listed | None:
+        """The plain object with this key, at most as old as the refresh interval; unless `look`, if that is known."""
+        now = self._runtime.monotonic()
+        with self._lock:
+            known, looked_s = self._objects.get(prefix, (None, float("-inf")))
+        if now - looked_s < self._config.refresh_s:
+            return known
+        if not look:
+            return None
+        known = objectfile.find(self._source(prefix), known)
+        with self._lock:
+            self._objects[prefix] = known, now
+        return known
+
     def _shown(self, prefix: str) -> Version | None:
         """The state that is shown of a database that is in use here."""
         return None
@@ -233,6 +276,8 @@ class Names:
             known = self._heads.get(prefix, (None,))[0]
             if version is None or known is None or version.head.rev >= known.head.rev:
                 self._heads[prefix] = (version, now)
+            if version is not None:
+                self._objects.pop(prefix, None)
 
     def _label(self, path: str) -> str:
         return f"{self._store.name}/{join(self._root, path)}"
@@ -240,6 +285,10 @@ class Names:
 
 def _entry(prefix: str, version: Version) -> Entry:
     return Entry(prefix, False, version.head.size, version.head.time_ms / 1000)
+
+
+def _plain(found: Listed) -> Entry:
+    return Entry(found.key, False, found.size_bytes, found.modified_s, is_fixed=True)
 
 
 def undotted(path: str) -> str | None:

@@ -15,6 +15,7 @@ class StoredObject:
     body: bytes
     etag: str
     modified_s: float  # Last-Modified, seconds since the epoch, by the store's clock
+    size_bytes: int  # of the whole object, whatever part of it `body` is
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,20 @@ class ObjectStore(Protocol):
 
     def copy(self, source: str, target: str, *, site: str) -> None:
         """Copy up to 5 GB inside the bucket, to a key that is used once, so it is retried. Raises ObjectNotFound."""
+
+    def begin_upload(self, key: str, *, site: str) -> str:
+        """The id of a new multipart upload, which nobody sees before `complete_upload`."""
+
+    def put_part(self, key: str, upload: str, number: int, body: bytes, *, site: str, timeout_s: float) -> str:
+        """Store part `number` (from 1; all but the last have at least 5 MiB), verified by the store, and return its
+        ETag. Retried: the same part again replaces it. Raises ObjectNotFound when there is no such upload."""
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], *, site: str, timeout_s: float) -> str:
+        """Make the parts 1, 2, ... the object, and return its ETag. Retried. Raises ObjectNotFound when there is no
+        such upload; RequestInDoubt when it may or may not apply; anything else: it was not applied."""
+
+    def abort_upload(self, key: str, upload: str, *, site: str) -> None:
+        """Forget the parts, whose PUTs have all ended; no error when there is no such upload (any more)."""
 
     def delete(self, keys: Sequence[str], *, site: str) -> None:
         """Delete these keys; a missing one is no error. Any number of keys."""

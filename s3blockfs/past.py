@@ -10,7 +10,7 @@ from cachetools import LRUCache
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.database import Database
-from s3blockfs.errors import DatabaseNotFound, ReadOnly
+from s3blockfs.errors import DatabaseNotFound, Immutable
 from s3blockfs.format.head import LABEL
 from s3blockfs.history import archived, commits
 from s3blockfs.names import SHOWN_SUFFIX, Entry
@@ -67,9 +67,9 @@ class MountedNames:
         return opened
 
     def changeable(self, path: str) -> str:
-        """The same for the catalog. Raises ReadOnly for the past."""
+        """The same for the catalog. Raises Immutable for the past."""
         if _below(path) is not None:
-            raise ReadOnly(f"{path}: the past cannot be changed")
+            raise Immutable(f"{path}: the past cannot be changed")
         return path[1:]
 
     def _states(self, path: str, wanted: str = "") -> dict[str, Entry] | None:
@@ -92,7 +92,7 @@ class MountedNames:
                     target = f"{archived(source, key).head.seq}{SHOWN_SUFFIX}"
                     states[label + SHOWN_SUFFIX] = Entry(entry.prefix, False, shown_as=target)
             for seq, _, time_ms, size, _ in commits(source, heads):
-                states[f"{seq}{SHOWN_SUFFIX}"] = Entry(entry.prefix, False, size, time_ms / 1000, is_past=True)
+                states[f"{seq}{SHOWN_SUFFIX}"] = Entry(entry.prefix, False, size, time_ms / 1000, is_fixed=True)
             with self._lock:
                 self._histories[entry.prefix] = version, states
         return states
@@ -105,4 +105,4 @@ def _below(path: str) -> str | None:
 
 
 def _folder(entry: Entry) -> Entry:
-    return Entry(entry.prefix, is_folder=True, is_past=True)
+    return Entry(entry.prefix, is_folder=True, is_fixed=True)

@@ -75,6 +75,7 @@ _MEANINGS: dict[object, tuple[type[errors.StoreError], str]] = {
         (errors.AccessDenied, "access denied; set the clock of this machine", ("RequestTimeTooSkewed",)),
         (errors.BucketNotFound, "no such bucket; create it or check its name", ("NoSuchBucket",)),
         (errors.ObjectNotFound, "no such object; check the name", ("NoSuchKey",)),
+        (errors.ObjectNotFound, "no such upload, or no longer; write it again", ("NoSuchUpload",)),
         (errors.PreconditionFailed, "not, or no longer, what the condition asked for; read it again", ("412",)),
         (errors.StoreUnavailable, "damaged on its way; check the network", ("BadDigest", "XAmzContentSHA256Mismatch")),
         (errors.RequestInDoubt, "the store failed; try again later", ("408", "409", "429", "2xx", "5xx")),
@@ -240,17 +241,53 @@ class S3Store:
         more = self._encryption | ({} if if_match is None else {"IfMatch": if_match})
         if if_absent:
             more["IfNoneMatch"] = "*"
+        once = if_absent or if_match is not None
+        return self._send("put_object", key, body, site, timeout_s, once=once, **more)
+
+    def _send(
+        self, operation: str, key: str, body: bytes, site: str, timeout_s: float | None, *, once: bool, **more: Any
+    ) -> str:
         digest = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
         def attempt() -> str:
             payload = body if len(body) <= PIECE else _Upload(body, self._check)
-            etag: str = self._ask("put_object", Key=key, Body=payload, ContentMD5=digest, **more).get("ETag", "")
+            etag: str = self._ask(operation, Key=key, Body=payload, ContentMD5=digest, **more).get("ETag", "")
             if not etag:
                 raise ValueError("an answer to PUT without an ETag")
             return etag
 
         metrics.SENT.inc(len(body))
-        return self._run(attempt, key, site, timeout_s, once=if_absent or if_match is not None)
+        return self._run(attempt, key, site, timeout_s, once=once)
+
+    def begin_upload(self, key: str, *, site: str) -> str:
+        upload: str = self._call(key, site, "create_multipart_upload", Key=key, **self._encryption)["UploadId"]
+        return upload
+
+    def put_part(self, key: str, upload: str, number: int, body: bytes, *, site: str, timeout_s: float) -> str:
+        part = {"UploadId": upload, "PartNumber": number}
+        return self._send("upload_part", key, body, site, timeout_s, once=False, **part)
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], *, site: str, timeout_s: float) -> str:
+        parts = {"Parts": [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]}
+        attempts = 0
+
+        def attempt() -> str:
+            nonlocal attempts
+            attempts += 1
+            name = "complete_multipart_upload"
+            answer = self._ask(name, Key=key, UploadId=upload, MultipartUpload=parts)
+            return str(answer.get("ETag", ""))
+
+        try:
+            return self._run(attempt, key, site, timeout_s)
+        except errors.StoreError as error:
+            if attempts == 1 and not isinstance(error, errors.StoreUnavailable):
+                raise
+            raise errors.RequestInDoubt(str(error)) from None  # an earlier attempt may have been applied
+
+    def abort_upload(self, key: str, upload: str, *, site: str) -> None:
+        with suppress(errors.ObjectNotFound):
+            self._call(key, site, "abort_multipart_upload", Key=key, UploadId=upload)
 
     def copy(self, source: str, target: str, *, site: str) -> None:
         place = {"Bucket": self.bucket, "Key": source}
@@ -396,7 +433,8 @@ class S3Store:
         body, modified = b"".join(pieces), answer.get("LastModified")
         if len(body) != answer.get("ContentLength", len(body)):
             raise sdk.IncompleteReadError(actual_bytes=len(body), expected_bytes=answer["ContentLength"])
-        return StoredObject(body, answer.get("ETag", ""), modified.timestamp() if modified else 0.0)
+        size = answer["ContentRange"].rpartition("/")[2] if "ContentRange" in answer else len(body)
+        return StoredObject(body, answer.get("ETag", ""), modified.timestamp() if modified else 0.0, int(size))
 
 
 class _Upload(io.BytesIO):

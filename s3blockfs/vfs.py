@@ -71,18 +71,28 @@ _serials = count(1)
 
 
 def connect(
-    *, bucket: Any, name: str, block_size: int = 64 * KIB, at: int | str | None = None, **options: Any
+    *,
+    bucket: Any,
+    name: str | None = None,
+    object: str | None = None,
+    block_size: int = 64 * KIB,
+    at: int | str | None = None,
+    **options: Any,
 ) -> apsw.Connection:
     """Open the database with key prefix `name`, created if missing. `bucket` is a name or a boto3 Bucket; `options` are
     the fields of `config.Config`. Connections with the same bucket and options share one cache. The busy timeout is
     5 s, as in Python's sqlite3. With `at`, a commit's number, a snapshot's label or a time as for `restore --to`, it
-    shows that state, read-only, as `file:NAME?at=...` does. Raises apsw.CantOpenError, apsw.IOError, UsageError."""
+    shows that state, read-only, as `file:NAME?at=...` does. With `object` instead of `name` it reads the SQLite file
+    that is stored under that key, as `file:KEY?object=1` does. Raises apsw.CantOpenError, apsw.IOError, UsageError."""
+    if (name is None) is (object is None) or (object is not None and at is not None):
+        raise errors.UsageError("connect: name a database (name=..., at=...) or a plain object (object=...)")
     vfs = S3VFS(bucket, block_size, **options)  # which lives as long as its connections
-    if at is None:
+    if name is not None and at is None:
         connection = apsw.Connection(name, vfs=vfs.name)
     else:
+        which = "object=1" if name is None else f"at={quote(str(at))}"
         flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
-        connection = apsw.Connection(f"file:{quote(name)}?at={quote(str(at))}", flags, vfs.name)
+        connection = apsw.Connection(f"file:{quote(name or object or '')}?{which}", flags, vfs.name)
     connection.set_busy_timeout(5000)
     return connection
 
@@ -111,12 +121,13 @@ def _close_all() -> None:
             log.error("closing at exit: %s", error)
 
 
-def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
+def engine(bucket: Any, config: Config, identity: object = None) -> Catalog:
     """The databases of a bucket as this process knows them."""
-    key = (os.getpid(), identity, config)
+    key = (os.getpid(), identity or _identity(bucket), config)
     with _lock:
         if key not in _engines:
-            unused = [other for other, (catalog, _) in _engines.items() if other[0] == key[0] and not catalog.opened()]
+            mine = [(other, catalog) for other, (catalog, _) in _engines.items() if other[0] == key[0]]
+            unused = [other for other, catalog in mine if not catalog.opened() and not catalog.files]
             for other in unused[:-ENGINES_KEPT]:
                 for part in _engines.pop(other):
                     part.close()
@@ -125,6 +136,10 @@ def _engine(bucket: Any, identity: object, config: Config) -> Catalog:
             _engines[key] = Catalog(store, runtime, config, ""), runtime
         _engines[key] = _engines.pop(key)
         return _engines[key][0]
+
+
+def _identity(bucket: Any) -> object:
+    return bucket if isinstance(bucket, str) else S3Store.identity(bucket)
 
 
 def _translated(cls: type[T]) -> type[T]:
@@ -170,7 +185,7 @@ class S3VFS(apsw.VFS):
         self._config = Config(block_size=block_size if usable else 4 * KIB, **options)
         self._bucket = bucket
         self._over: Catalog | None = None
-        self._identity = bucket if isinstance(bucket, str) else S3Store.identity(bucket)
+        self._identity = _identity(bucket)
         self.name = f"s3vfs-{uuid.uuid4()}"
         super().__init__(name=self.name, base="", maxpathname=1200)
 
@@ -184,7 +199,7 @@ class S3VFS(apsw.VFS):
     @property
     def catalog(self) -> Catalog:
         """The engine of this process: in a forked child another one than in its parent."""
-        return self._over or _engine(self._bucket, self._identity, self._config)
+        return self._over or engine(self._bucket, self._config, self._identity)
 
     # --- what SQLite calls -----------------------------------------------------------------------------
 
@@ -201,9 +216,10 @@ class S3VFS(apsw.VFS):
             if isinstance(name, apsw.URIFilename) and name.uri_boolean("nolock", False):
                 raise errors.NotSupported(f"{path}: needs its locks; leave out nolock=1")
             at = name.uri_parameter("at") if isinstance(name, apsw.URIFilename) else None
-            if self._config.read_only or at is not None:
+            is_object = isinstance(name, apsw.URIFilename) and name.uri_boolean("object", False)
+            if self._config.read_only or at is not None or is_object:
                 flags[1] = apsw.SQLITE_OPEN_READONLY
-            return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path, at)
+            return self._open(path.rpartition("#")[0], bool(wanted & apsw.SQLITE_OPEN_CREATE), path, at, is_object)
         if (side := self.catalog.side_files.get(path)) is None and not wanted & apsw.SQLITE_OPEN_CREATE:
             raise apsw.CantOpenError(f"{path}: no such journal")
         return _SideFile(side or self.catalog.side_files.create(path), _owner(path))
@@ -262,9 +278,11 @@ class S3VFS(apsw.VFS):
             file.release()
         file.raise_interrupt()
 
-    def _open(self, prefix: str, create: bool, path: str | None = None, at: str | None = None) -> "_DatabaseFile":
+    def _open(
+        self, prefix: str, create: bool, path: str | None = None, at: str | None = None, is_object: bool = False
+    ) -> "_DatabaseFile":
         path = path or self.xFullPathname(prefix)
-        database = self.catalog.connection(prefix, path, create, at)
+        database = self.catalog.connection(prefix, path, create, at, is_object)
         _files[path] = file = _DatabaseFile(self.catalog, database, Readahead(self._config.readahead_size))
         return file
 

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import logging
 import threading
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from s3blockfs import header, wal
@@ -62,13 +62,13 @@ class WalDatabase(Database):
     def is_writing(self) -> bool:
         return self._writer() is not None or super().is_writing
 
-    def write(self, offset: int, data: bytes, owners: Container[Hashable] | None = None) -> None:
+    def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
         if not self.is_logged:
             return super().write(offset, data, owners)
         self._require_checkpoint()
         return self._view.write(offset, data, publish=False)
 
-    def truncate(self, size: int, owners: Container[Hashable] | None = None) -> None:
+    def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
         if not self.is_logged:
             return super().truncate(size, owners)
         self._require_checkpoint()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clienting import REFRESH_S, Desks
 from mounting import Folder, Mount, Place, Shared, mounted
 from proxy import FaultProxy
 from servers import seaweed
@@ -50,6 +51,14 @@ def shared(machines: tuple[Place, Mount, Mount]) -> Shared:
     place, mount, other = machines
     name = uuid.uuid4().hex
     return place.inside(name), Folder(mount / name), Folder(other / name)
+
+
+@pytest.fixture(scope="module")
+def desks(mount_bucket: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desks]:
+    """Two daemons that look for news once in an interval only."""
+    place, folder, refresh = mount_bucket.inside(uuid.uuid4().hex), tmp_path_factory.mktemp("desks"), str(REFRESH_S)
+    with mounted(place, folder, refresh=refresh) as here, mounted(place, folder, refresh=refresh) as there:
+        yield Desks(here, there)
 
 
 @pytest.fixture

@@ -194,6 +194,18 @@ class FaultyStore:
             self._run(call, lambda: list(self.inner.list(prefix, site=site, delimiter=delimiter, max_keys=max_keys)))
         )
 
+    def begin_upload(self, key: str, *, site: str) -> str:
+        return self._run(Call("BEGIN", site, key, False), lambda: self.inner.begin_upload(key))
+
+    def put_part(self, key: str, upload: str, number: int, body: bytes, *, site: str, timeout_s: float) -> str:
+        return self._run(Call("PART", site, key, False), lambda: self.inner.put_part(key, upload, number, body))
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], *, site: str, timeout_s: float) -> str:
+        return self._run(Call("COMPLETE", site, key, False), lambda: self.inner.complete_upload(key, upload, etags))
+
+    def abort_upload(self, key: str, upload: str, *, site: str) -> None:
+        self._run(Call("ABORT", site, key, False), lambda: self.inner.abort_upload(key, upload))
+
     def server_time_s(self) -> float:
         return self.inner.server_time_s()
 

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed
@@ -25,6 +25,9 @@ class MemoryStore:
         self._runtime = runtime
         self._lock = threading.Lock()
         self._objects: dict[str, StoredObject] = {}
+        self._numbers = count()
+        self.uploads: dict[str, dict[int, bytes]] = {}
+        """Unfinished multipart uploads: their parts."""
 
     def get(
         self, key: str, *, start: int = 0, length: int | None = None, if_match: str | None = None, **_: Any
@@ -45,7 +48,7 @@ class MemoryStore:
                 raise PreconditionFailed(f"{self.name}/{key}: exists")
             if if_match is not None:
                 self._existing(key, if_match)
-            self._objects[key] = StoredObject(bytes(body), etag, self.server_time_s())
+            self._objects[key] = StoredObject(bytes(body), etag, self.server_time_s(), len(body))
         return etag
 
     def _existing(self, key: str, if_match: str | None) -> StoredObject:
@@ -55,6 +58,33 @@ class MemoryStore:
         if if_match not in (None, found.etag):
             raise PreconditionFailed(f"{self.name}/{key}: changed")
         return found
+
+    def begin_upload(self, key: str, **_: Any) -> str:
+        with self._lock:
+            upload = f"upload {next(self._numbers)} of {key}"
+            self.uploads[upload] = {}
+        return upload
+
+    def put_part(self, key: str, upload: str, number: int, body: bytes, **_: Any) -> str:
+        with self._lock:
+            self._parts(upload)[number] = bytes(body)
+        return f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
+
+    def complete_upload(self, key: str, upload: str, etags: Sequence[str], **_: Any) -> str:
+        with self._lock:
+            parts = self._parts(upload)
+            body = b"".join(parts[number] for number in range(1, len(etags) + 1))
+            del self.uploads[upload]
+        return self.put(key, body)
+
+    def abort_upload(self, key: str, upload: str, **_: Any) -> None:
+        with self._lock:
+            self.uploads.pop(upload, None)
+
+    def _parts(self, upload: str) -> dict[int, bytes]:
+        if upload not in self.uploads:
+            raise ObjectNotFound(f"{self.name}: no such upload")
+        return self.uploads[upload]
 
     def copy(self, source: str, target: str, **_: Any) -> None:
         self.put(target, self.get(source).body)

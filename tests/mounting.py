@@ -297,7 +297,7 @@ class Client:
     def receive(self) -> list[Any]:
         """The rows of the statement sent. Raises SqlError."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE_S)
+        ready, _, _ = select.select([self.process.stdout], [], [], 2 * PATIENCE_S)  # a COMMIT in an outage takes 80 s
         assert ready, "the client does not answer"
         answer = json.loads(self.process.stdout.readline() or '{"error": "the client ended"}')
         if "error" in answer:

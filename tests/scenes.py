@@ -81,3 +81,35 @@ def lose_next_commit(scene: Scene) -> None:
             scene.commit_elsewhere(9)
 
     scene.world.store.rule = rule
+
+
+LEASE_S = 10.0
+
+
+class Writer:
+    """One machine with the database open, and a process on it."""
+
+    def __init__(self, world: World, pid: int, **changes: object) -> None:
+        self.world = world
+        self.machine = world.machine(lease_s=LEASE_S, refresh_s=0.0, **changes)
+        self.database = self.machine.create("a.db", exclusive=False)
+        self.process = Process(self.machine, self.database, pid)
+
+    def begin(self) -> None:
+        """BEGIN IMMEDIATE; what was locked is given up when it fails, as SQLite does."""
+        self.process.shared()
+        try:
+            self.process.reserved()
+        except Exception:
+            self.process.unlock()
+            raise
+        self.process.write_journal()
+        self.process.exclusive()
+
+    def commit(self, number: int) -> None:
+        self.database.write(0, state(number))
+        self.process.commit()
+
+    def write(self, number: int) -> None:
+        self.begin()
+        self.commit(number)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +44,7 @@ def _run(command: str, folder: Path) -> str:
 @pytest.mark.mount
 def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path) -> None:
     (transcript,) = _blocks("README.md", "console")
-    on_the_mount, in_process = _blocks("README.md", "python")
+    on_the_mount, in_process, objects = _blocks("README.md", "python")
     steps = re.split(r"^\$ ", transcript, flags=re.MULTILINE)[1:]
     assert len(steps) >= 6
     try:
@@ -54,13 +57,44 @@ def test_the_readme_transcript_and_its_python_give_what_they_show(tmp_path: Path
                     place = Place(server.url, server.access_key, server.secret_key, "bucket")
                     environment = place.environment | {"AWS_ENDPOINT_URL": server.url}
                     done = shell(sys.executable, "-c", in_process, env=environment)
-                assert (done.stdout, done.stderr) == ("(3,)\n", "")
+                    assert (done.stdout, done.stderr) == ("(3,)\n", "")
+                    done = shell(sys.executable, "-c", objects, env=environment)
+                    assert (done.stdout, done.stderr) == ("['hello.txt']\n(3,)\n", "")
+                    assert _run("sqlite3 here/published.sqlite 'SELECT count(*) FROM note'", tmp_path) == "3\n"
+                    place.delete("published.sqlite")
                 _run(
                     "sqlite3 here/app.sqlite '.timeout 20000' \"DELETE FROM note WHERE text != 'written here'\"",
                     tmp_path,
                 )
     finally:
         for name in ("here", "there"):
+            if os.path.ismount(tmp_path / name):
+                _run(f"s3blockfs umount {name}", tmp_path)
+
+
+@pytest.mark.mount
+def test_the_tutorial_gives_what_it_shows(tmp_path: Path) -> None:
+    """In order: commands of its transcripts, and programs, which are saved under the name in their first line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    text = (ROOT / "docs/TUTORIAL.md").read_text().replace("8000", str(port))
+    run = 0
+    try:
+        for kind, block in re.findall(r"^```(console|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            if kind == "python":
+                (tmp_path / block.split()[1]).write_text(block)
+                continue
+            for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, _, shown = step.partition("\n")
+                assert _run(command, tmp_path) == shown, command
+                run += 1
+        assert run > 20
+    finally:
+        if (pid := tmp_path / "app.pid").exists():
+            with contextlib.suppress(ProcessLookupError):  # the page ends it itself
+                os.kill(int(pid.read_text()), signal.SIGKILL)
+        for name in ("machine-a", "machine-b"):
             if os.path.ismount(tmp_path / name):
                 _run(f"s3blockfs umount {name}", tmp_path)
 
@@ -79,16 +113,25 @@ def test_every_exit_code_is_in_the_readme() -> None:
     assert {c.exit_code for c in classes} <= named
 
 
+def _anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for file, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text()):
+            target = document.parent / file if file else document
+            assert target.exists(), f"{document.name}: {file}"
+            assert not anchor or anchor in _anchors(target), f"{document.name}: {file}#{anchor}"
 
 
 def test_tests_that_documents_name_exist() -> None:
     defined = {name for file in ROOT.glob("tests/*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/DURABILITY.md").read_text()))
-    assert len(named) > 20 and named <= defined, named - defined
+    for document, least in (("docs/DURABILITY.md", 20), ("docs/RECIPES.md", 4)):
+        named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text()))
+        assert len(named) > least and named <= defined, named - defined
 
 
 def test_every_outage_has_a_test_and_every_test_an_outage() -> None:
@@ -99,3 +142,18 @@ def test_every_outage_has_a_test_and_every_test_an_outage() -> None:
     files = [ROOT / "tests" / f"test_outages{kind}.py" for kind in ("", "_process")]
     tests = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
     assert sorted(name for names in named for name in names) == sorted(tests)
+
+
+def test_every_client_that_is_run_is_in_the_table() -> None:
+    table = (ROOT / "docs/CLIENTS.md").read_text().partition("\n## ")[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert all(len(cells) == 4 and re.search(r"\d\.\d", cells[1]) for cells in lines), "a client without a version"
+    tests = [name for *_, names in lines for name in re.findall(r"`(\w+)`", names)]
+    files = [*ROOT.glob("tests/test_clients_*.py"), ROOT / "tests/test_recipes.py"]
+    there = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
+    recipes = set(re.findall(r"^def test_(\w+)\(", files[-1].read_text(), re.MULTILINE)) - set(tests)
+    assert sorted(tests) == sorted(set(there) - recipes)
+    (group,) = re.findall(r"^clients = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    packages = re.findall(r'^    "([\w-]+)', group, re.MULTILINE)
+    clients = " ".join(cells[0] for cells in lines).lower()
+    assert packages and not [package for package in packages if package not in clients]

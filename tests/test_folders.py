@@ -273,3 +273,16 @@ def test_what_a_copy_that_died_left_is_no_folder(world: World) -> None:
     machine.copy("a.db", "acme")
     machine.rename("a.db", "other")
     assert read(machine, "acme") == read(machine, "other")
+
+
+def test_a_database_above_one_that_is_in_use(world: World) -> None:
+    """Known before or made meanwhile, it is a file for everybody who can see it is there."""
+    machine = world.machine()
+    fill(machine, "a")
+    below = machine.connection("a/b", "side", create=True)
+    entry = machine.lookup("a")
+    assert entry is not None and not entry.is_folder
+    machine.remove("a")
+    entry = machine.lookup("a")
+    assert entry is not None and entry.is_folder
+    machine.release(below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import uuid
@@ -167,6 +168,27 @@ def test_a_line_of_fstab(place: Place, kind: str, directory: Path, tmp_path: Pat
     assert mount(place, "--fstab", fstab, directory) == "0 "
     sqlite(directory / "a.db", "CREATE TABLE t(a)")
     assert mount(place, "--fstab", fstab, directory).startswith("2 s3blockfs: ")  # as always: mounted there already
+    umount(directory)
+    assert "a.db/head" in place.listing()
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("document", ["README.md", "docs/OPERATIONS.md"])
+def test_the_line_of_the_documents(document: str, place: Place, kind: str, directory: Path, tmp_path: Path) -> None:
+    """With this bucket, folder and type, and this server for S3."""
+    text = (Path(__file__).resolve().parent.parent / document).read_text()
+    (line,) = re.findall(r"^    (s3://\S+ +/\S+ +s3blockfs +\S+ +0 0)$", text, re.MULTILINE)
+    options = line.split()[3]
+    fstab, keys = tmp_path / "fstab", tmp_path / "credentials"
+    fstab.write_text(f"s3://{place.target} {directory} {kind} {options},noauto,endpoint-url={place.url} 0 0\n")
+    (profile,) = re.findall(r"profile=(\w+)", options)
+    secret = f"aws_access_key_id={place.access_key}\naws_secret_access_key={place.secret_key}\nregion=us-east-1\n"
+    keys.write_text(f"[{profile}]\n{secret}")
+    environment = {k: v for k, v in place.environment.items() if not k.startswith("AWS_")}
+    environment |= {"AWS_SHARED_CREDENTIALS_FILE": str(keys), "AWS_CONFIG_FILE": os.devnull}
+    done = shell("mount", "--fstab", fstab, directory, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    sqlite(directory / "a.db", "CREATE TABLE t(a)")
     umount(directory)
     assert "a.db/head" in place.listing()
 

@@ -7,60 +7,18 @@ from dataclasses import replace
 
 import pytest
 from engine import InlineRuntime, Process, World
-from scenes import PAGE, state
+from scenes import LEASE_S, PAGE, Writer, state
 
 from s3blockfs.errors import Busy, CommitLost, StoreUnavailable
 from s3blockfs.format import head as codec
-from s3blockfs.lease import (
-    COMES_S,
-    CONTENDED_S,
-    GIVES_UP_S,
-    LINGER_S,
-    LONGEST_LINE,
-    PATIENT_S,
-    POLL_S,
-    REST_S,
-    TENURE_S,
-    Stale,
-)
+from s3blockfs.lease import COMES_S, CONTENDED_S, LINGER_S, LONGEST_LINE, POLL_S, REST_S, TENURE_S, Stale
 from s3blockfs.locks import Level
-
-LEASE_S = 10.0
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     with World(InlineRuntime()) as made:
         yield made
-
-
-class Writer:
-    """One machine with the database open, and a process on it."""
-
-    def __init__(self, world: World, pid: int, **changes: object) -> None:
-        self.world = world
-        self.machine = world.machine(lease_s=LEASE_S, refresh_s=0.0, **changes)
-        self.database = self.machine.create("a.db", exclusive=False)
-        self.process = Process(self.machine, self.database, pid)
-
-    def begin(self) -> None:
-        """BEGIN IMMEDIATE; what was locked is given up when it fails, as SQLite does."""
-        self.process.shared()
-        try:
-            self.process.reserved()
-        except Exception:
-            self.process.unlock()
-            raise
-        self.process.write_journal()
-        self.process.exclusive()
-
-    def commit(self, number: int) -> None:
-        self.database.write(0, state(number))
-        self.process.commit()
-
-    def write(self, number: int) -> None:
-        self.begin()
-        self.commit(number)
 
 
 @pytest.fixture
@@ -234,52 +192,6 @@ def test_the_line_is_bounded(world: World, pair: tuple[Writer, Writer]) -> None:
     refused(second, LINGER_S * 2)
     assert line(world) == strangers
     first.commit(2)
-
-
-def take_turn(writer: Writer, number: int, other: Process) -> bool:
-    """A transaction, in the middle of which another process of the machine asks in vain. False if it may not begin."""
-    writer.process.shared()
-    try:
-        writer.process.reserved()
-    except Busy:
-        writer.process.unlock()
-        return False
-    other.shared()
-    with pytest.raises(Busy):
-        other.reserved()
-    other.unlock()
-    writer.process.write_journal()
-    writer.process.exclusive()
-    writer.commit(number)
-    return True
-
-
-def test_who_has_waited_for_longer_on_this_machine_goes_first(world: World, pair: tuple[Writer, Writer]) -> None:
-    """Two processes on one mount. The one that has just written does not get its next turn before the other."""
-    first, _ = pair
-    other = Process(first.machine, first.database, 8)
-    first.write(2)
-    turns = 0
-    while take_turn(first, 3 + turns, other):
-        turns += 1
-        world.runtime.sleep(POLL_S)
-        assert turns < 2 * PATIENT_S / POLL_S
-    assert turns >= PATIENT_S / POLL_S
-    other.begin()
-    first.database.write(0, state(90))
-    other.commit()
-    first.write(91)
-
-
-def test_who_does_not_ask_any_more_holds_up_nobody(world: World, pair: tuple[Writer, Writer]) -> None:
-    first, _ = pair
-    other = Process(first.machine, first.database, 8)
-    turns = 0
-    while take_turn(first, 2 + turns, other):
-        turns += 1
-        world.runtime.sleep(POLL_S)
-    world.runtime.sleep(GIVES_UP_S)
-    first.write(90)
 
 
 @pytest.mark.parametrize("after_a_burst", [False, True])

@@ -100,3 +100,35 @@ def lock_and_unlock(path: Path) -> None:
                     ending("fcntl.lockf(f, fcntl.LOCK_EX, 1, 5000)")
                     ending.send(end if end.startswith("os") else "sys.exit()")
                 assert waiting(f"fcntl.lockf(f, fcntl.LOCK_EX, 1, {95 if end is None else 5000})") == "None"
+
+
+#: Two SQLite libraries: what APSW closes takes the locks of `sqlite3` along.
+TWO_LIBRARIES = """
+import apsw, sqlite3, subprocess, sys
+path, meanwhile = sys.argv[1:]
+one = sqlite3.connect(path, isolation_level=None)
+one.execute("BEGIN IMMEDIATE")
+one.execute("UPDATE t SET n = n + 1")
+two = apsw.Connection(path)
+two.execute("SELECT n FROM t").fetchall()
+two.close()
+if meanwhile:
+    subprocess.run(["sqlite3", path, meanwhile], check=True)
+try:
+    one.execute("COMMIT")
+    print("done")
+except sqlite3.OperationalError as error:
+    print(error)
+print(one.in_transaction, one.execute("SELECT n FROM t").fetchall())
+"""
+
+
+@pytest.mark.parametrize("meanwhile, said", [("", "done\nFalse [(1,)]"), ("INSERT INTO t VALUES (7)", "")])
+def test_two_sqlite_libraries_in_one_process(place: Place, tmp_path: Path, meanwhile: str, said: str) -> None:
+    """What another process has committed meanwhile is not overwritten: the COMMIT fails."""
+    with mounted(place, tmp_path) as mount:
+        sqlite(mount / "a.db", "CREATE TABLE t(n)", "INSERT INTO t VALUES (0)")
+        line = [sys.executable, "-c", TWO_LIBRARIES, str(mount / "a.db"), meanwhile]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        assert done.stdout.strip() == (said or "disk I/O error\nFalse [(0,), (7,)]")
+        assert sqlite(mount / "a.db", "PRAGMA integrity_check") == "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -242,3 +243,49 @@ def test_a_stopped_client_does_not_hold_up_other_databases(pair: Pair, name: str
             stopped.process.send_signal(signal.SIGCONT)
         stopped("COMMIT")
     assert same_everywhere(pair, name, "SELECT a FROM t") == "1"
+
+
+# --- two copies of SQLite in one process --------------------------------------------------------------------
+
+#: As when DuckDB or APSW join Python's sqlite3: POSIX lets go of a process's locks when either of them does. On any
+#: file system the transaction goes on without locks, and may destroy the database.
+TWO_COPIES = """
+import contextlib, sqlite3, subprocess, sys
+import apsw
+path, rows, when, *insert = sys.argv[1:]
+rows = f"WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<{rows}) SELECT 'mine', randomblob(500) FROM n"
+writer = sqlite3.connect(path, isolation_level=None, timeout=0)
+writer.execute("PRAGMA cache_size=5")
+writer.execute("BEGIN IMMEDIATE")
+try:
+    if when == "before":
+        writer.execute(f"INSERT INTO t {rows}")
+    second = apsw.Connection(path, apsw.SQLITE_OPEN_READONLY)
+    with contextlib.suppress(apsw.Error), contextlib.closing(second):
+        second.execute("SELECT count(*) FROM t").get
+    subprocess.run(insert)
+    if when == "after":
+        writer.execute(f"INSERT INTO t {rows}")
+    writer.execute("COMMIT")
+    print("committed")
+except sqlite3.Error as error:
+    print("failed:", error)
+writer.close()
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("rows", [1, 500])
+def test_a_transaction_that_lost_its_locks_destroys_nothing(rows: int, when: str, pair: Pair, name: str) -> None:
+    """500 rows are more than the page cache holds, so some are written before COMMIT. They are inserted before or after
+    the locks are lost, and another process commits as soon as they are."""
+    path = pair.here / name
+    sqlite(path, "CREATE TABLE t(a, b)", "INSERT INTO t VALUES ('first', '')")
+    insert = ["sqlite3", "-cmd", ".timeout 2000", path, "INSERT INTO t VALUES ('other', '')"]
+    done = shell(sys.executable, "-c", TWO_COPIES, path, rows, when, *insert)
+    found = sqlite(pair.elsewhere / name, "PRAGMA integrity_check", "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")
+    lines = found.splitlines()
+    assert lines[0] == "ok"
+    assert "first|1" in lines
+    assert ("committed" in done.stdout) == (f"mine|{rows}" in lines), (done, lines)
+    assert ("locked" not in done.stderr) == ("other|1" in lines), (done, lines)

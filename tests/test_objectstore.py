@@ -176,7 +176,7 @@ def test_get_of_a_range(store: ObjectStore, prefix: str, start: int, length: int
     etag = store.put(prefix + "k", b"0123456789", site="test")
     found = store.get(prefix + "k", site="test", start=start, length=length)
     assert found.body == b"0123456789"[start : None if length is None else start + length]
-    assert found.etag == etag
+    assert (found.etag, found.size_bytes) == (etag, 10)
     assert store.get(prefix + "k", site="test", start=start, length=length, if_match=etag) == found
     with pytest.raises(PreconditionFailed):
         store.get(prefix + "k", site="test", start=start, length=length, if_match='"other"')
@@ -186,7 +186,7 @@ def test_get_of_a_range(store: ObjectStore, prefix: str, start: int, length: int
 def test_any_range_of_an_empty_object_is_empty(store: ObjectStore, prefix: str, start: int, length: int | None) -> None:
     etag = store.put(prefix + "k", b"", site="test")
     found = store.get(prefix + "k", site="test", start=start, length=length)
-    assert (found.body, found.etag) == (b"", etag)
+    assert (found.body, found.etag, found.size_bytes) == (b"", etag, 0)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"start": 5, "length": 5}, {"start": 3}, {"if_match": '"x"'}])
@@ -281,6 +281,37 @@ def test_exactly_one_of_eight_writers_creates(store: ObjectStore, prefix: str) -
 
         winner = winner_of(race(WRITERS, create))
         assert store.get(key, site="test").body == b"by %d" % winner
+
+
+PART = bytes(range(256)) * (5 << 12)  # 5 MiB, the least that S3 takes for all but the last
+
+
+def test_a_multipart_upload_appears_when_it_is_complete(store: ObjectStore, prefix: str) -> None:
+    key = prefix + "k"
+    store.put(key, b"before", site="test")
+    upload = store.begin_upload(key, site="test")
+    second = store.put_part(key, upload, 2, b"end", site="test", timeout_s=60)
+    store.put_part(key, upload, 1, PART[::-1], site="test", timeout_s=60)
+    first = store.put_part(key, upload, 1, PART, site="test", timeout_s=60)  # the same part again
+    assert store.get(key, site="test").body == b"before"
+    etag = store.complete_upload(key, upload, [first, second], site="test", timeout_s=60)
+    found = store.get(key, site="test")
+    assert (found.body, found.etag, found.size_bytes) == (PART + b"end", etag, len(PART) + 3)
+    assert store.get(key, site="test", start=len(PART), length=3, if_match=etag).body == b"end"
+    (listed,) = store.list(key, site="test")
+    assert listed.etag == etag
+
+
+def test_an_aborted_upload_leaves_nothing(store: ObjectStore, prefix: str) -> None:
+    upload = store.begin_upload(prefix + "k", site="test")
+    etag = store.put_part(prefix + "k", upload, 1, PART, site="test", timeout_s=60)
+    store.abort_upload(prefix + "k", upload, site="test")
+    store.abort_upload(prefix + "k", upload, site="test")
+    with pytest.raises(ObjectNotFound):
+        store.complete_upload(prefix + "k", upload, [etag], site="test", timeout_s=60)
+    with pytest.raises(ObjectNotFound):
+        store.get(prefix + "k", site="test")
+    assert list(store.list(prefix, site="test")) == []
 
 
 def test_delete(store: ObjectStore, prefix: str) -> None:

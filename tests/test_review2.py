@@ -338,7 +338,7 @@ def test_deleting_by_key_prefix_takes_no_other_name(world: World, monkeypatch: p
     """A mount shows `acme` as `acme.sqlite`; in process names are key prefixes as they are."""
     machine = world.machine()
     machine.release(machine.connection("acme", "acme#1", create=True))
-    monkeypatch.setattr(vfs, "_engine", lambda *_: machine)
+    monkeypatch.setattr(vfs, "engine", lambda *_: machine)
     with pytest.raises(apsw.Error):
         vfs.S3VFS("bucket").xDelete("acme.sqlite", False)
     assert machine.lookup("acme") is not None

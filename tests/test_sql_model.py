@@ -22,11 +22,15 @@ PATIENCE = "PRAGMA busy_timeout=60000"
 Run = Callable[[str], Any]
 
 
+COLUMNS = "(id INTEGER PRIMARY KEY, a, b UNIQUE)"
+
+
 class Author:
     """Writes SQL; what makes no sense at the moment ends in the same error everywhere."""
 
     def __init__(self, seed: object) -> None:
         self.rng = Random(seed)
+        self.first = [f"CREATE TABLE t{number}{COLUMNS}" for number in range(3)]
 
     def table(self) -> str:
         return self.rng.choice(["", "", "", "aux."]) + f"t{self.rng.randrange(3)}"
@@ -40,9 +44,11 @@ class Author:
         return f"WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<{count}) "
 
     def statement(self) -> str:
+        if self.first:
+            return self.first.pop()
         rng, table, some = self.rng, self.table(), self.rng.randrange(300)
         kinds: dict[str, int] = {
-            f"CREATE TABLE {table}(id INTEGER PRIMARY KEY, a, b UNIQUE)": 6,
+            f"CREATE TABLE {table}{COLUMNS}": 8,
             f"{self.numbers()}INSERT INTO {table}(a, b) SELECT i * {some}, i || '-{some}' FROM n": 10,
             f"INSERT INTO {table}(a, b) VALUES ({self.value()}, {some})": 10,
             f"INSERT OR REPLACE INTO {table}(id, a) VALUES ({some}, {self.value()})": 6,
@@ -104,7 +110,7 @@ def compare(seed: str, real: Run, local: Run, in_transaction: Callable[[], bool]
             expected = content(local)
             for run in (real, *elsewhere):
                 assert content(run) == expected, f"after step {step}: {statement}"
-    assert errors < STEPS * 3 // 4, "hardly anything worked"
+    assert errors < STEPS * 2 // 3, "hardly anything worked"
 
 
 def seeds(count: int) -> list[str]:

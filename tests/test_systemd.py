@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import configparser
+import re
+import select
 import shutil
 import socket
+import string
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from mounting import PATIENCE_S, Place, clean_up, is_mounted, shell, sqlite
 
 from s3blockfs import notify
 from s3blockfs.errors import EnvironmentProblem
@@ -50,6 +55,39 @@ def test_nothing_puts_the_service_into_a_mount_namespace() -> None:
     assert [name for name in service if name.startswith((*hiding, "Mount", "NoNewPrivileges"))] == []
     assert int(service["TimeoutStopSec"]) >= 90
     assert service["EnvironmentFile"] == "/etc/s3blockfs/%i.env"
+
+
+@pytest.mark.mount
+def test_what_the_unit_runs_with_the_environment_file_of_the_example(place: Place, tmp_path: Path) -> None:
+    """Start and stop, as systemd would do it: the lines of the unit, the variables of systemd/README.md."""
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    lines = re.findall(r"^    ((?:S3BLOCKFS|AWS)_\w+)=(.*)$", (UNIT.parent / "README.md").read_text(), re.MULTILINE)
+    given = dict(lines)
+    assert {"S3BLOCKFS_TARGET", "S3BLOCKFS_MOUNTPOINT", "AWS_SECRET_ACCESS_KEY"} <= given.keys()
+    mine = {"S3BLOCKFS_TARGET": place.target, "S3BLOCKFS_MOUNTPOINT": str(directory)}
+    mine |= {"AWS_ACCESS_KEY_ID": place.access_key, "AWS_SECRET_ACCESS_KEY": place.secret_key}
+    there = {"S3BLOCKFS_ENDPOINT_URL": place.url, "S3BLOCKFS_SPILL_DIR": str(tmp_path), "AWS_REGION": "us-east-1"}
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+    service = dict(re.findall(r"^(Exec\w+)=(.*)$", UNIT.read_text(), re.MULTILINE))
+    start, stop = (string.Template(service[key]).substitute(mine).split() for key in ("ExecStart", "ExecStop"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        environment = given | mine | there | {"PATH": path, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        daemon = subprocess.Popen(start, env=environment)
+        try:
+            assert select.select([channel], [], [], PATIENCE_S)[0]
+            assert channel.recv(4096).startswith(b"READY=1\n")
+            assert sqlite(directory / "a.db", "CREATE TABLE t(a); INSERT INTO t VALUES (7); SELECT a FROM t") == "7"
+            done = shell(*stop, env=environment)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert daemon.wait(PATIENCE_S) == 0
+            assert not is_mounted(directory)
+        finally:
+            daemon.kill()
+            daemon.wait()
+            clean_up(directory)
+    assert "a.db/head" in place.listing()
 
 
 @pytest.fixture(params=["file", "abstract"])

@@ -18,7 +18,7 @@ from s3blockfs.format.keys import join
 @click.option("-l", "--long", is_flag=True, help="size in bytes and time of the last commit as well")
 @options.json_option
 def ls(target: options.Target, long: bool, as_json: bool) -> int:
-    """List the databases and folders under BUCKET/PREFIX, as a mount would show them."""
+    """List the databases, SQLite files and folders under BUCKET/PREFIX, as a mount would show them."""
     with options.opened(options.Target(target.bucket, "")) as (catalog, _, runtime):
         rows = catalog.listing(target.prefix)
         if not rows and catalog.lookup(target.prefix) is None:
@@ -31,7 +31,9 @@ def ls(target: options.Target, long: bool, as_json: bool) -> int:
             except UNUSABLE as error:  # no reason to hide the others
                 options.complain(error)
                 code = error.exit_code
-            kind, text = ("folder", f"{name}/") if entry.is_folder else ("database", name)
+            kind, text = "object" if entry.is_fixed else "database", name
+            if entry.is_folder:
+                kind, text = "folder", f"{name}/"
             if long:
                 time = options.utc(int(entry.modified_s * 1000))[:19].replace("T", " ")
                 text = f"{'-':>14}  {'':19}  {name}" if entry.is_folder else f"{entry.size:>14}  {time}  {name}"

@@ -1,31 +1,34 @@
-"""Databases to and from files: `s3blockfs import FILE BUCKET/NAME` and `s3blockfs export BUCKET/NAME FILE`."""
+"""Databases to and from files and objects: `s3blockfs import FILE BUCKET/NAME`, `s3blockfs export BUCKET/NAME FILE`."""
 
 import hashlib
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import click
 
 from s3blockfs import header
 from s3blockfs.cli import options
 from s3blockfs.config import MIB
-from s3blockfs.errors import DamagedObject, DatabaseExists, S3BlockFSError, UsageError
+from s3blockfs.errors import DamagedObject, DatabaseExists, ObjectNotFound, S3BlockFSError, UsageError
 
 
 @options.command("import", short_help="make a SQLite file a database in a bucket")
-@click.argument("file", metavar="FILE|-")
+@click.argument("file", metavar="FILE|s3://BUCKET/KEY|-")
 @click.argument("database", type=options.database, metavar="BUCKET/NAME")
 @options.force_option
 def import_(file: str, database: options.Target, force: bool) -> None:
     """Store a SQLite database by one commit, and verify what was stored. FILE may be in use: its newest committed state
-    is taken, and its writers wait meanwhile (in WAL mode they need not). From stdin come the bytes of such a file."""
+    is taken, and its writers wait meanwhile (in WAL mode they need not). From stdin, or from an object in S3, come the
+    bytes of such a file; an object that is replaced meanwhile is not imported."""
     with (
-        click.open_file(file, "rb") as stream,
+        _stream(file) as stream,
         options.opened(database) as (catalog, store, runtime),
         options.progress(f"{file} ->") as report,
     ):
@@ -39,7 +42,8 @@ def import_(file: str, database: options.Target, force: bool) -> None:
         if not header.is_database(first):
             raise UsageError(f"{file}: no SQLite database; nothing was imported")
         catalog.require_writable()
-        exists = catalog.lookup(name) is not None
+        entry = catalog.lookup(name)
+        exists = entry is not None and not entry.is_fixed  # an object stays, and the database is what is shown
         if exists and not force:
             raise DatabaseExists(f"{database}: exists; overwrite it with --force")
         held = catalog.open(name) if exists else catalog.create(name, exclusive=True)
@@ -68,6 +72,27 @@ def import_(file: str, database: options.Target, force: bool) -> None:
             state = Snapshot.load(afresh.find(name)[0], held.version)
             if _hash(state.pieces(config.readahead_size)) != expected:
                 raise DamagedObject(f"{database}: what was stored is not what was read from {file}")
+
+
+@contextmanager
+def _stream(file: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file, of stdin, or of one version of an object."""
+    if not file.startswith("s3://"):
+        with click.open_file(file, "rb") as stream:
+            yield stream
+        return
+    where = options.database(file)
+    with options.opened(options.Target(where.bucket, "")) as (catalog, _, _):
+        from s3blockfs.files import Reader
+        from s3blockfs.objectfile import as_database, find
+        from s3blockfs.snapshot import Snapshot
+
+        source = catalog.at(where.key)[0]
+        if (found := find(source)) is None:
+            raise ObjectNotFound(f"{file}: no such object; `s3blockfs cp` copies databases")
+        state = Snapshot.load(source, as_database(source, found))
+        with io.BufferedReader(Reader(catalog, options.settings().config, state, False, file), MIB) as stream:
+            yield stream
 
 
 def _hash(pieces: Iterable[bytes]) -> bytes:

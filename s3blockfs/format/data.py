@@ -58,6 +58,9 @@ class FrameAddress(NamedTuple):
     def end(self) -> int:
         return self.pos + FRAME_BYTES + self.stored
 
+    def decode(self, buffer: bytes | memoryview | None, name: str) -> bytes:
+        return decode_frame(buffer, self, name)
+
 
 class IndexEntry(NamedTuple):
     pos: int

@@ -42,7 +42,11 @@ MUTANTS = {
         "            except (ObjectNotFound, errors.RequestInDoubt):",
     ),
     "given up without a no-op": Mutant(
-        "head", "self._put(seen, replace(seen.head, rev=seen.head.rev + 1, nonce=self._nonce()))", "pass", "client-a"
+        "head",
+        "self._put(seen, replace(seen.head, rev=seen.head.rev + 1, nonce=self._nonce()))",
+        "pass",
+        "client-a",
+        "late",
     ),
     "map before log": Mutant(
         "snapshot", "if piece.seq > complete_to and piece.end", "if complete_to < 0 and piece.end"
