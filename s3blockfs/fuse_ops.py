@@ -322,7 +322,7 @@ class FileSystem(Operations):
         if isinstance(database := handle.file, SideFile):
             indexed = self._in_wal_mode(database.path, INDEX_SUFFIX) if database.linked else None
             if indexed is None and lock.l_type == F_UNLCK:
-                return
+                return None
             if indexed is None:  # SQLite never locks a journal
                 raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
             database = indexed
@@ -337,7 +337,7 @@ class FileSystem(Operations):
             if conflict is not None:
                 lock.l_type, lock.l_start, lock.l_pid = conflict.kind.value, conflict.start, conflict.pid
                 lock.l_len = 0 if conflict.end == TO_END else conflict.end - conflict.start + 1
-            return
+            return None
         if self._ending and kind is Kind.WRITE and database.locks.level(owner) < Level.RESERVED:
             raise OSError(errno.EAGAIN, "the mount is ending")
         handle.owners.add(owner)
