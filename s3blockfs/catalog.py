@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
-from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, ReadOnly, StoreError
+from s3blockfs.errors import Busy, DatabaseExists, DatabaseNotFound, ReadOnly, StoreError, TooOld
 from s3blockfs.format.data import COMMIT_ID_BYTES, Commit
 from s3blockfs.format.head import Head
 from s3blockfs.format.keys import NONCE_BYTES, check_prefix, join
@@ -84,8 +84,8 @@ class Catalog(Names):
         self._remember(prefix, version, self._runtime.monotonic())
         with self._lock:
             old = self._open.get(prefix) or self._idle.get(prefix)
-        if old is not None and old.version.head.id != version.head.id:
-            old.delete()  # elsewhere, and made anew
+        if old is not None and old.version.head.id != version.head.id and 0 < old.version.head.rev < version.head.rev:
+            old.delete()  # elsewhere, and made anew; of sqlite-s3vfs each state has an id of its own
         return self._take(prefix) or self._add(prefix, version)
 
     def connection(
@@ -296,7 +296,13 @@ class Catalog(Names):
             if self._stop_ticking is None:
                 self._stop_ticking = self._runtime.every(TICK_S, self.tick)
             looked_s = self._heads.get(prefix, (None, float("-inf")))[1]
-        database = kind(source, lease, self._config, version, self.side_files, side_path)
+        try:
+            database = kind(source, lease, self._config, version, self.side_files, side_path)
+        except TooOld:  # remembered since before S3 was away for long, and collected meanwhile
+            newest = lease.heads.read()
+            if issubclass(kind, Past) or newest is None or newest.head.deleted:
+                raise
+            database = kind(source, lease, self._config, newest, self.side_files, side_path)
         database.checked_s = min(database.checked_s, looked_s)  # `version` was perhaps read for somebody else
         return database
 

@@ -314,3 +314,19 @@ def _live_long(world: World, commits: int) -> None:
     assert most[-1]["segments"] < 2 * DUE_SEGMENTS and most[-1]["requests"] < 7000
     story.check_now()
     story.check_past()
+
+
+def test_opening_with_what_is_known_from_before_a_long_outage(world: World) -> None:
+    """What the head refers to that was seen last is collected by now: the newest one is asked for."""
+    story = Story(world, 1, 512)
+    story.live(20)
+    machine = world.machine(faulty=False)
+    heads = machine._head_file(PREFIX)
+    machine.release(machine.connection(PREFIX, "side", create=False))
+    for _ in range(4):
+        story.live(20)
+        long_pause(story)
+    heads.cut_off_s = world.runtime.monotonic()
+    database = machine.connection(PREFIX, "side", create=False)
+    assert database.version.head.rev == story.version().head.rev
+    machine.release(database)

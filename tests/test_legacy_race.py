@@ -70,3 +70,17 @@ def test_a_removal_that_somebodys_commit_forestalled_is_no_success(world: World)
     with pytest.raises(Busy):
         machine.remove(P)
     assert not head(world).deleted and world.content(P)
+
+
+def test_opening_for_writing_with_what_was_read_a_while_ago(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program wrote in between, and whoever has it open here has seen that already: it was not made anew."""
+    machine = world.machine()
+    database = machine.open(P)
+    old = database.version
+    run(MemoryBucket(world.store.inner), P, "UPDATE t SET data = 0")
+    world.runtime.sleep(60)
+    database.refresh(0)
+    assert database.version.head.id != old.head.id
+    monkeypatch.setattr(machine._head_file(P), "read", lambda *_: old)
+    assert machine.create(P, exclusive=False) is database
+    assert not database.is_gone

@@ -311,7 +311,7 @@ def test_a_frame_of_a_newer_format_is_reported_every_time(world: World, monkeypa
     def refuse(*_: object) -> NoReturn:
         raise NewerFormat("upgrade")
 
-    monkeypatch.setattr("s3blockfs.cache.decode_frame", refuse)
+    monkeypatch.setattr("s3blockfs.format.data.decode_frame", refuse)
     database = world.machine(request_deadline_s=0.01).open("a.db")
     for _ in range(2):
         with pytest.raises(NewerFormat):

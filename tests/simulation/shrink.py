@@ -51,4 +51,7 @@ def text_of(run: Run, last: int = 0) -> str:
     what = (
         f"--seed {plan.seed} --actors {','.join(plan.actors)} --faults {','.join(plan.faults)} --rounds {plan.rounds}"
     )
-    return "\n".join([*lines, f"{type(run.failure).__name__}: {run.failure}", f"again: scripts/simulate {what}"])
+    outcome = (
+        f"{type(run.failure).__name__}: {run.failure}" if run.failure else f"simulate: ok, 1 seeds, {run.steps} steps"
+    )
+    return "\n".join([*lines, outcome, f"again: scripts/simulate {what}"])
