@@ -45,6 +45,7 @@ class Catalog(Names):
         self._idle: OrderedDict[str, Database] = OrderedDict()
         self._leases: WeakValueDictionary[str, Lease] = WeakValueDictionary()  # shared by connections to one database
         self._writer = f"{platform.node()}:{os.getpid()}"
+        self.kind: type[Database] = Database  # what `open` and `create` make; a mount's know WAL mode
         self.files: WeakSet[object] = WeakSet()  # open ones that read or write by it (files.py)
         self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
@@ -252,7 +253,7 @@ class Catalog(Names):
     def _require_idle(self, *places: Source) -> None:
         with self._lock:
             known = [held for at in places if (held := self._open.get(at.prefix) or self._idle.get(at.prefix))]
-        if any(held.is_dirty or held.in_doubt or list(held.locks) for held in known):
+        if any(held.is_dirty or held.is_logged or held.in_doubt or list(held.locks) for held in known):
             raise Busy(f"{self._label('')}: the database is in use; try again")
 
     def _replaced(self, prefix: str, version: Version) -> None:
@@ -309,7 +310,7 @@ class Catalog(Names):
         return database
 
     def _add(self, prefix: str, version: Version) -> Database:
-        database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"))
+        database = self._made(prefix, version, prefix[len(self._root) :].lstrip("/"), self.kind)
         with self._lock:
             if (held := self._open.get(prefix)) is None or held.is_gone:
                 return self._use(database)

@@ -34,6 +34,7 @@ class Config:
     request_deadline_s: float = _option(10.0, "bound on one request to S3, its retries included")
     transaction_deadline_s: float = _option(60.0, "bound on publishing one transaction, settling its outcome included")
     lease_s: float = _option(10.0, "when another writer's unchanged lease may be taken over; 0 takes no leases")
+    group_commit_s: float = _option(1.0, "how long commits in WAL mode with synchronous=NORMAL may wait", mount=True)
     retain_s: float = _option(24 * HOUR_S, "how long replaced states are kept, at least 1h")
     read_only: bool = _option(False, "refuse to write")
     only_writer: bool = _option(False, "promise that nobody else ever writes: for stores without conditional PUTs")

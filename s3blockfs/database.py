@@ -36,6 +36,7 @@ from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
 from s3blockfs.state import RECOVER_EVERY_S, State
+from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +65,22 @@ class Database(State):
         self.locks = RangeLocks()
         self.path = path
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write transaction is open here."""
+        return bool(self.locks.writers())
+
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Uncommitted bytes over committed ones; fewer at the end of the file, none past it."""
         self._require_settled()
         try:
-            return header.in_rollback_mode(offset, self._view.read(offset, length, readahead))
+            return self._presented(offset, self._view.read(offset, length, readahead))
         except DatabaseGone:  # sqlite-s3vfs overwrote what was to be read: the next transaction looks again
             self.checked_s = float("-inf")
             raise
+
+    def _presented(self, offset: int, data: bytes) -> bytes:
+        return header.in_rollback_mode(offset, data)
 
     # --- changing --------------------------------------------------------------------------------------
 
@@ -79,12 +88,16 @@ class Database(State):
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
         with self._changing():
-            committed = self._view.snapshot.read(0, header.HEADER_BYTES) if header.sets_wal(offset, data) else b""
-            if self.locks.writers() and header.switches_to_wal(offset, data, committed):
-                raise NotSupported(f"{self._label}: journal_mode=WAL is not supported yet; stay with DELETE")
+            if header.sets_wal(offset, data):
+                self._before_wal(offset, data)
             if self._takes_writes(owners):
                 self._convert()
                 self._view.write(offset, data)
+
+    def _before_wal(self, offset: int, data: bytes) -> None:
+        committed = self._view.snapshot.read(0, header.HEADER_BYTES)
+        if self.locks.writers() and header.switches_to_wal(offset, data, committed):
+            raise NotSupported(f"{self._label}: journal_mode=WAL works on a mount only; stay with DELETE")
 
     def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
         """Cut or extend. Raises as `write` does."""
@@ -169,20 +182,26 @@ class Database(State):
 
     def _publish(self, finalising: int | None = None) -> None:
         """`finalising`: the process whose journal is being finalised."""
-        view, now = self._view, self._source.runtime.monotonic()
         try:
             if finalising is not None:
                 self._shrink_to_header(finalising)
-            if view.uploads is None:
-                return  # what was beyond the end was all there was
-            self.publishing = True
-            version, snapshot, counter_set = self._publisher.publish(view)
-        except Unsettled as error:
-            self._doubts(error)
+            if self._view.uploads is not None:  # else what was beyond the end was all there was
+                self._moved |= self._put(self._view)
+        except Unsettled:
             raise
         except Exception as error:  # also what nobody foresaw, such as no more threads: half a state must not stay
             log.warning("%s: commit failed: %s", self._label, error)
             self._fail(remove_journal=False)
+            raise
+
+    def _put(self, view: View) -> bool:
+        """Make what is dirty in `view` the next state; whether other bytes are shown now than were written."""
+        now = self._source.runtime.monotonic()
+        try:
+            self.publishing = True
+            version, snapshot, counter_set = self._publisher.publish(view)
+        except Unsettled as error:
+            self._doubts(error)
             raise
         finally:
             self.publishing = False
@@ -190,7 +209,7 @@ class Database(State):
         newest = version.etag != SUPERSEDED
         self.checked_s = now if newest else float("-inf")
         self._adopt(version, snapshot)
-        self._moved |= counter_set or snapshot is None
+        return counter_set or snapshot is None
 
     def _was_rolled_back(self, journal: SideFile) -> bool:
         """Whether SQLite just put back what is committed. Judged from the journal's page images, not by GETs."""
@@ -303,7 +322,7 @@ class Database(State):
             if self._discarding is not None or self.is_dirty:
                 return
             now = self._source.runtime.monotonic()
-            reading = any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner)
+            reading = self._is_read(owner)
             known = self._heads.latest  # perhaps by another connection of this process
             newer = known is not None and known.head.rev > self.version.head.rev
             fresh = self.is_cut_off or now - self.checked_s < max_age_s
@@ -322,6 +341,10 @@ class Database(State):
             behind_s = now - (now if self._behind_s is None else self._behind_s)
             if owner is not None and (self._refused or behind_s >= 2 * self._config.refresh_s):
                 raise Busy(f"{self._label}: a newer state waits for readers to finish")
+
+    def _is_read(self, owner: Hashable) -> bool:
+        """Whether somebody else than `owner` is in a transaction."""
+        return any(self.locks.level(other) >= Level.SHARED for other in self.locks if other != owner)
 
     def _newest(self, now: float) -> Version:
         """`self.version` itself when there is nothing newer, or when that cannot be told now."""
@@ -433,14 +456,19 @@ class Database(State):
         if version.head.deleted:
             self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
             raise DatabaseGone(self._gone)
-        shown = self._view.snapshot
+        shown = self._latest.snapshot
         if (version.head.id, version.head.commit) == (shown.head.id, shown.head.commit):
             self._adopt(version, shown.with_version(version))  # a lease, a floor, a fold: the same bytes
             return
-        self._adopt(version, Snapshot.load(self._source, version))
+        snapshot = Snapshot.load(self._source, version)
+        self._leave()
+        self._adopt(version, snapshot)
         self._moved = True
         if self._journal_is_hot() and not self.locks.writers():  # its images would undo the commits of others
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
+
+    def _leave(self) -> None:
+        """Another state is about to be shown; nobody is in a transaction."""
 
     def _journal(self) -> SideFile | None:
         return self._side_files.get(self.path + JOURNAL_SUFFIX)

@@ -31,7 +31,8 @@ from s3blockfs.names import Entry
 from s3blockfs.past import MountedNames
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime
-from s3blockfs.sidefiles import JOURNAL_SUFFIX, SUFFIXES, SideFile, is_side_file
+from s3blockfs.sidefiles import INDEX_SUFFIX, JOURNAL_SUFFIX, LOG_SUFFIX, SUFFIXES, SideFile, is_side_file
+from s3blockfs.walmode import WalDatabase
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class FileSystem(Operations):
         """`on_ready` is called once, on a thread of its own, when the mount answers."""
         self._catalog, self._config, self._runtime, self._on_ready = catalog, config, runtime, on_ready
         self._names = MountedNames(catalog)
+        if not config.read_only:  # who may not write `-wal` and `-shm` is shown a database in rollback mode
+            catalog.kind = WalDatabase
         self._mountpoint = os.path.realpath(mountpoint)
         self._ending = False
         self._lock = threading.Lock()
@@ -90,7 +93,7 @@ class FileSystem(Operations):
             databases = self._catalog.opened()
             if any(database.publishing for database in databases):
                 left_s = QUIESCE_S
-            elif not any(database.locks.writers() for database in databases):
+            elif not any(database.is_writing for database in databases):
                 return
             self._runtime.sleep(0.05)
             left_s -= 0.05
@@ -147,6 +150,8 @@ class FileSystem(Operations):
             return self._catalog.remove(self._names.changeable(path))
         side = self._side(path)
         self._before_finalising(side)
+        if (logged := self._log_of(side)) is not None:
+            logged.log_unlink()
         return self._catalog.side_files.remove(side.path)
 
     def rename(self, old: str, new: str) -> None:
@@ -199,10 +204,15 @@ class FileSystem(Operations):
         if not is_side_file(path):
             self._add_database(info, self._catalog.create(name, exclusive))
             return
-        if path.endswith(SUFFIXES) and not path.endswith(JOURNAL_SUFFIX):
-            raise OSError(errno.EPERM, f"{path}: journal_mode=WAL is not supported yet")
-        self._catalog.require_writable()
-        self._add_handle(info, self._catalog.side_files.create(self._side_path(path), exclusive))
+        if path.endswith((LOG_SUFFIX, INDEX_SUFFIX)):
+            database = self._in_wal_mode(path[1:], LOG_SUFFIX, INDEX_SUFFIX)
+            if database is None or not self._shown[database].handles:
+                raise OSError(errno.EPERM, f"{path}: is no file of a database that is open for writing")
+        else:
+            self._catalog.require_writable()
+        side = self._catalog.side_files.create(self._side_path(path), exclusive)
+        side.shown_as = path
+        self._add_handle(info, side)
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
@@ -240,17 +250,17 @@ class FileSystem(Operations):
             self._before_finalising(file)  # journal_mode=PERSIST zeroes the header
         elif offset == 0 and is_hot(data[:1]) and (database := self._database_of(file)):
             database.journal_begins()
+        if (logged := self._log_of(file)) is not None:
+            logged.log_write(offset)
         file.write(offset, data)
         return len(data)
 
     def truncate(self, path: str | None, length: int, info: FileInfo | None = None) -> None:
         if info is not None:
-            self._truncate(self._handles[info.fh], length)
-            return
+            return self._truncate(self._handles[info.fh], length)
         assert path is not None
         if is_side_file(path):
-            self._truncate_side(self._side(path), length)
-            return
+            return self._truncate_side(self._side(path), length)
         database = self._catalog.open(self._names.changeable(path))
         try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
@@ -264,6 +274,8 @@ class FileSystem(Operations):
         if isinstance(database := handle.file, Database):
             self._inode_of(database)
             self._durably(handle, database, lambda: database.sync(context_pid(), self._commits))
+        elif (logged := self._log_of(database)) is not None:
+            logged.log_sync(context_pid())
 
     def fsyncdir(self, path: str | None, datasync: int, handle: int) -> None:
         """Unlinking and creating are durable when they return."""
@@ -271,6 +283,8 @@ class FileSystem(Operations):
     def flush(self, path: str | None, info: FileInfo) -> None:
         handle = self._handles[info.fh]
         if isinstance(database := handle.file, SideFile):
+            if database.linked and (indexed := self._in_wal_mode(database.path, INDEX_SUFFIX)):
+                indexed.index_closes(info.lock_owner)
             return
         self._inode_of(database)
         if database.owner_closes(info.lock_owner):
@@ -293,7 +307,7 @@ class FileSystem(Operations):
             shown = self._shown[database]
             shown.handles -= 1
             if shown.handles == 0:
-                known = shown.inode is not None and not shown.stale and not database.is_dirty
+                known = shown.inode is not None and not (shown.stale or database.is_dirty or database.is_logged)
                 shown.pages_of = database.version.head.commit if known else None
                 shown.inode = None  # the kernel may forget it now, and give the number away
                 shown.stale = False
@@ -303,29 +317,34 @@ class FileSystem(Operations):
 
     def lock(self, path: str | None, info: FileInfo, command: int, lock: Flock) -> None:
         handle, owner = self._handles[info.fh], info.lock_owner
-        if isinstance(database := handle.file, SideFile):
-            if lock.l_type != F_UNLCK:  # SQLite never locks a journal
-                raise OSError(errno.ENOLCK, f"{database.path}: side files cannot be locked")
-            return
-        self._inode_of(database)
         start, end = lock.l_start, lock.l_start + lock.l_len - 1 if lock.l_len else TO_END
+        indexed = None
+        if isinstance(database := handle.file, SideFile):
+            indexed = self._in_wal_mode(database.path, INDEX_SUFFIX) if database.linked else None
+            if indexed is None and lock.l_type == F_UNLCK:
+                return None
+            if indexed is None:  # SQLite never locks a journal
+                raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
+            database = indexed
+        self._inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
-            database.unlock(owner, start, end)
-            return
+            return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
         self._require_not_moved(database)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:
-            conflict = database.locks.test(owner, kind, start, end)
+            conflict = (indexed.index_locks if indexed else database.locks).test(owner, kind, start, end)
             lock.l_type = F_UNLCK
             if conflict is not None:
                 lock.l_type, lock.l_start, lock.l_pid = conflict.kind.value, conflict.start, conflict.pid
                 lock.l_len = 0 if conflict.end == TO_END else conflict.end - conflict.start + 1
-            return
+            return None
         if self._ending and kind is Kind.WRITE and database.locks.level(owner) < Level.RESERVED:
             raise OSError(errno.EAGAIN, "the mount is ending")
         handle.owners.add(owner)
         try:
-            if command == F_SETLKW:
+            if indexed is not None:
+                indexed.lock_index(owner, kind, start, end, lock.l_pid)
+            elif command == F_SETLKW:
                 database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
             else:
                 database.lock(owner, kind, start, end, lock.l_pid)
@@ -345,6 +364,8 @@ class FileSystem(Operations):
     def _truncate_side(self, side: SideFile, length: int) -> None:
         if length == 0:
             self._before_finalising(side)
+        if (logged := self._log_of(side)) is not None:
+            logged.log_truncate(length)
         side.truncate(length)
 
     def _durably(self, handle: _Handle, database: Database, publish: Callable[[], None]) -> None:
@@ -359,8 +380,8 @@ class FileSystem(Operations):
     @staticmethod
     def _require_sound(handle: _Handle) -> None:
         if handle.failed:
-            path = handle.file.path
-            raise OSError(errno.EIO, f"{path}: what was written through this descriptor is lost; open it again")
+            text = "what was written through this descriptor is lost; open it again"
+            raise OSError(errno.EIO, f"{handle.file.path}: {text}")
 
     def _require_not_moved(self, database: Database) -> None:
         if self._shown[database].moved:
@@ -379,6 +400,18 @@ class FileSystem(Operations):
     def _database_of(self, side: SideFile) -> Database | None:
         stem = side.path.removesuffix(JOURNAL_SUFFIX)
         return self._catalog.opened_at(stem) if stem != side.path else None
+
+    def _in_wal_mode(self, path: str, *suffixes: str) -> WalDatabase | None:
+        """The database of a `-wal` or `-shm` of this path."""
+        stem = next((path.removesuffix(suffix) for suffix in suffixes if path.endswith(suffix)), None)
+        database = None if stem is None else self._catalog.opened_at(stem)
+        return database if isinstance(database, WalDatabase) else None
+
+    def _log_of(self, side: SideFile) -> WalDatabase | None:
+        """The database whose log this is. Raises when it was removed, perhaps for another database of that name."""
+        if side.path.endswith(LOG_SUFFIX) and not side.linked:
+            raise OSError(errno.EIO, f"{side.path}: was removed; what was not in S3 is lost")
+        return self._in_wal_mode(side.path, LOG_SUFFIX)
 
     def _side(self, path: str) -> SideFile:
         if (side := self._catalog.side_files.get(self._side_path(path))) is None:
@@ -406,6 +439,8 @@ class FileSystem(Operations):
             # An inode has one page cache, for whichever versions of an object were opened under its name.
             info.direct_io = int(isinstance(database, Plain))
             database.on_moved = partial(self._invalidate, database)
+            if isinstance(database, WalDatabase):
+                database.forget_pages = self._forget_pages
         return self._add_handle(info, database)
 
     def _add_handle(self, info: FileInfo, file: Database | SideFile) -> _Handle:
@@ -444,6 +479,14 @@ class FileSystem(Operations):
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
                     raise
+
+    def _forget_pages(self, side: SideFile) -> None:
+        """The kernel writes back what it has of a `-wal` or `-shm`, and forgets it."""
+        try:
+            self.mounted.invalidate_inode(self.mounted.inode(side.shown_as))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTCONN):
+                raise
 
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
         past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_fixed)

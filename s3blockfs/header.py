@@ -61,7 +61,12 @@ def switches_to_wal(offset: int, data: bytes, before: bytes) -> bool:
 
 
 def in_rollback_mode(offset: int, data: bytes) -> bytes:
-    """How bytes are shown: a database copied here in WAL mode needs no `-wal` and `-shm` when it says 1."""
-    if offset == 0 and data.startswith(MAGIC) and sets_wal(0, data):
-        return data[:VERSIONS_AT] + b"\1\1"[: len(data) - VERSIONS_AT] + data[VERSIONS_AT + 2 :]
-    return data
+    """How bytes are shown where there can be no log: a database in WAL mode needs no `-wal` and `-shm` if it says 1."""
+    return with_versions(1, data) if offset == 0 and sets_wal(0, data) else data
+
+
+def with_versions(version: int, data: bytes) -> bytes:
+    """The beginning of a file, with other file format versions if it is a database."""
+    if not data.startswith(MAGIC):
+        return data
+    return data[:VERSIONS_AT] + bytes([version] * 2)[: len(data) - VERSIONS_AT] + data[VERSIONS_AT + 2 :]

@@ -125,6 +125,10 @@ class Lease:
                 self._acquire(base)
             self._user = user
 
+    def stays(self) -> None:
+        """The next commit happens while a transaction is open that it does not end: it must not pass the lease on."""
+        self._session = True
+
     def done(self, user: Hashable) -> None:
         """The write lock of `user` is gone."""
         if self._user == user:

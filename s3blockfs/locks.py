@@ -95,6 +95,10 @@ class RangeLocks:
             if interrupted():
                 raise InterruptedError(errno.EINTR, "the wait for a lock was interrupted: try again")
 
+    def holds(self, owner: Hashable, start: int, end: int) -> bool:
+        """Whether `owner` has a lock of any kind there."""
+        return any(lock.owner == owner and lock.overlaps(start, end) for lock in self._held)
+
     def level(self, owner: Hashable) -> Level:
         """What SQLite calls the locks of `owner` on a database file (not on `-shm`, where the bytes mean WAL locks)."""
         own = [lock for lock in self._held if lock.owner == owner]

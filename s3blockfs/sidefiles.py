@@ -9,8 +9,8 @@ import os
 from s3blockfs.dirty import UnlinkedFile
 
 #: Files that SQLite puts next to a database: https://sqlite.org/tempfiles.html. `-mjXXXXXXXXX` is a super-journal.
-JOURNAL_SUFFIX = "-journal"
-SUFFIXES = (JOURNAL_SUFFIX, "-wal", "-shm")
+JOURNAL_SUFFIX, LOG_SUFFIX, INDEX_SUFFIX = "-journal", "-wal", "-shm"
+SUFFIXES = (JOURNAL_SUFFIX, LOG_SUFFIX, INDEX_SUFFIX)
 
 
 def is_side_file(name: str) -> bool:
@@ -27,6 +27,7 @@ class SideFile(UnlinkedFile):
     def __init__(self, folder: str, path: str) -> None:
         super().__init__(folder)
         self.path, self.linked = path, True
+        self.shown_as = f"/{path}"  # how a mount's kernel knows it
 
     @property
     def size(self) -> int:

@@ -31,6 +31,7 @@ class State:
         self._depth, self._moved = 0, False
         self._unloaded: Version | None = None
         self._view = View(source, config, Snapshot.load(source, version))
+        self._ahead: View | None = None  # in WAL mode what is published; `_view` is what SQLite made of the file here
         self.checked_s = source.runtime.monotonic()  # when `version` was the newest, as far as is known
         self._doubt: Doubt | None = None
         self._recovering, self._recover_after = False, 0.0
@@ -41,16 +42,22 @@ class State:
     @property
     def size(self) -> int:
         unloaded = self._unloaded
-        return self._view.size if unloaded is None else unloaded.head.size
+        return self._view.size if unloaded is None or self.is_logged else unloaded.head.size
 
     @property
     def modified_s(self) -> float:
         """The time of the last commit by the store's clock."""
-        return self._view.snapshot.head.time_ms / 1000
+        return self._latest.snapshot.head.time_ms / 1000
 
     @property
     def is_dirty(self) -> bool:
-        return self._view.is_dirty
+        """Whether bytes wait to be published. Those of a checkpoint do not: they were published with the log."""
+        return self._view.is_dirty and not self.is_logged
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether commits are in a write-ahead log that is not yet in the file."""
+        return self._ahead is not None
 
     @property
     def is_gone(self) -> bool:
@@ -66,8 +73,12 @@ class State:
 
     @property
     def version(self) -> Version:
-        """The state that reads show, uncommitted bytes apart."""
-        return self._view.snapshot.version
+        """The state that reads show, uncommitted bytes apart; in WAL mode what they and the log together show."""
+        return self._latest.snapshot.version
+
+    @property
+    def _latest(self) -> View:
+        return self._ahead or self._view
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
@@ -90,7 +101,7 @@ class State:
             snapshot = Snapshot.load(self._source, version)  # without a lock: a read may wait here, and others for it
             with self._mutex:
                 if self._unloaded is version:
-                    self._view.move(snapshot)
+                    self._latest.move(snapshot)
                     self._unloaded = None
 
     def _require_writable(self) -> None:
@@ -112,9 +123,9 @@ class State:
         with self._mutex:
             if snapshot is None:
                 self._unloaded = version
-                self._view.drop()
+                self._latest.drop()
             else:
-                self._view.move(snapshot)
+                self._latest.move(snapshot)
                 self._unloaded = None
 
     def _doubts(self, error: Unsettled) -> None:

@@ -211,7 +211,7 @@ class S3VFS(apsw.VFS):
         if path is None or wanted & _TEMPORARY:
             return apsw.VFSFile("", name, flags)
         if wanted & apsw.SQLITE_OPEN_WAL:
-            raise errors.NotSupported(f"{path}: journal_mode=WAL is not supported yet; stay with DELETE")
+            raise errors.NotSupported(f"{path}: journal_mode=WAL works on a mount only; stay with DELETE")
         if wanted & apsw.SQLITE_OPEN_MAIN_DB:
             if isinstance(name, apsw.URIFilename) and name.uri_boolean("nolock", False):
                 raise errors.NotSupported(f"{path}: needs its locks; leave out nolock=1")

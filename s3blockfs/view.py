@@ -1,7 +1,8 @@
 """What local users of a database see: uncommitted bytes over a committed snapshot. Bytes only; no rules, no file locks.
 
 Threads: `read` and the properties from any thread; whatever changes something is serialised by the caller. `_mutex`
-protects single moments and is never held during a request to the store. `uploads` is set exactly while it is dirty."""
+protects single moments and is never held during a request to the store. `uploads` is set exactly while
+something is to be published."""
 
 import threading
 
@@ -52,24 +53,30 @@ class View:
             merged[low - offset : low - offset + len(part)] = part
         return bytes(merged)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes, publish: bool = True) -> None:
         """Remember `data`, and start to upload what is complete. Raises OSError when the spill folder is full."""
+        if not publish:
+            with self._mutex:
+                return self.dirty.write(offset, data)
         block_size = self.snapshot.head.block_size
         first, end = offset // block_size, -(-(offset + len(data)) // block_size)
         with self._mutex:
             uploads = self._begin()
             uploads.forget(first, end)
             self.dirty.write(offset, data)
-        uploads.stream(self.dirty, first, end)
+        return uploads.stream(self.dirty, first, end)
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int, publish: bool = True) -> None:
         with self._mutex:
+            if not publish:
+                return self.dirty.truncate(size)
             uploads = self._begin()
             # The block that the cut divides was perhaps uploaded with bytes that are no longer there.
             uploads.forget(size // self.snapshot.head.block_size, 1 << 62)
             self.dirty.truncate(size)
             if not self.dirty.is_dirty:
                 self.uploads = None
+            return None
 
     def drop(self) -> None:
         """Forget what is not committed."""

@@ -116,11 +116,15 @@ def test_cli_archive(desks: Desks, name: str, tmp_path: Path) -> None:
 
 
 def test_cli_and_wal(desks: Desks, name: str) -> None:
-    """The shell says that WAL did not work, and exits with an error; the database is as it was."""
-    sqlite(desks.here / name, "CREATE TABLE t(a)", "INSERT INTO t VALUES (1)")
-    done = shell("sqlite3", "-bail", desks.here / name, "PRAGMA journal_mode=WAL")
-    assert done.returncode != 0 and "disk I/O error" in done.stderr
-    assert desks.told(name, "PRAGMA journal_mode", "SELECT a FROM t") == "delete\n1"
+    """There and back; a second shell reads what was there before beside an open transaction of the first."""
+    here = desks.here / name
+    sqlite(here, "CREATE TABLE t(a)", "INSERT INTO t VALUES (1)")
+    assert sqlite(here, "PRAGMA journal_mode=WAL") == "wal"
+    beside = f".shell sqlite3 {here} 'PRAGMA journal_mode; SELECT count(*) FROM t'"
+    assert sqlite(here, "BEGIN IMMEDIATE", "INSERT INTO t VALUES (2)", beside, "COMMIT") == "wal\n1"
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT a FROM t") == "wal\n1\n2"
+    assert sqlite(here, "PRAGMA journal_mode=DELETE", "INSERT INTO t VALUES (3)") == "delete"
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT count(*) FROM t") == "delete\n3"
 
 
 def test_cli_when_the_daemon_is_killed(place: Place, tmp_path: Path) -> None:
@@ -195,8 +199,9 @@ def test_sqlite3_read_only(desks: Desks, name: str) -> None:
 
 
 def test_sqlite3_and_wal(desks: Desks, name: str) -> None:
-    assert run("sqlite3", "wal", desks.here / name) == ["disk I/O error", "delete", [[1]]]
-    assert desks.told(name, "SELECT a FROM t") == "1"
+    """What a second connection sees beside an open transaction; after it; and a second machine, all still open."""
+    assert run("sqlite3", "wal", desks.here / name, desks.there / name) == ["wal", [1], [1, 2], [1, 2]]
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT a FROM t") == "wal\n1\n2"
 
 
 # --- APSW ----------------------------------------------------------------------------------------------------
@@ -219,5 +224,6 @@ def test_apsw_full_text_and_virtual_tables(desks: Desks, name: str) -> None:
 
 
 def test_apsw_and_wal(desks: Desks, name: str) -> None:
-    """`apsw.bestpractice.recommended` includes WAL: no connection opens. Without that one, all of it works."""
-    assert run("apsw", "best_practice", desks.here / name) == ["IOError", "delete", 1, [[1]]]
+    """`apsw.bestpractice.recommended` includes WAL; all of it works."""
+    assert run("apsw", "best_practice", desks.here / name) == ["wal", 1, [[1]], [[1], [2]]]
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT a FROM t") == "wal\n1\n2"

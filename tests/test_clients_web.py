@@ -89,12 +89,13 @@ def test_django_orm_and_transactions(desks: Desks, tmp_path: Path) -> None:
 
 
 def test_django_and_wal(desks: Desks, tmp_path: Path) -> None:
-    """`init_command` may ask for it: Django does not look at the answer, and goes on without."""
+    """`init_command` asks for it; a second thread reads beside an open transaction."""
     name = fresh_name()
     site = project(tmp_path, desks.here / name)
     asking = {**site.environment, "INIT": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL"}
     assert run("django", "atomic", cwd=site.folder, env=asking) == [["outer", "inner"], 1, ["committed"], False]
-    assert desks.told(name, "PRAGMA journal_mode", "SELECT count(*) FROM notes_note") == "delete\n2"
+    assert run("django", "beside", cwd=site.folder, env=asking) == [["wal", 1], 2, 3]
+    assert desks.told(name, "PRAGMA journal_mode", "SELECT count(*) FROM notes_note") == "wal\n3"
 
 
 def test_django_test_runner(desks: Desks, tmp_path: Path) -> None:
@@ -192,6 +193,7 @@ def test_datasette_over_a_mounted_folder(desks: Desks, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     sqlite(
         here / "town.db",
+        "PRAGMA journal_mode=WAL",
         "CREATE TABLE country(id INTEGER PRIMARY KEY, name TEXT)",
         "CREATE TABLE town(id INTEGER PRIMARY KEY, name TEXT, country INTEGER REFERENCES country(id), data BLOB)",
         "INSERT INTO country VALUES (1, 'Norway'), (2, 'Italy & more')",

@@ -367,35 +367,13 @@ def test_side_files_never_go_to_s3(shared: Shared) -> None:
         assert [key for key in place.listing() if "journal" in key] == []
 
 
-def test_wal_is_refused_and_nothing_breaks(shared: Shared) -> None:
-    """`journal_mode=WAL` is an error, never a quiet half: this and other connections go on in DELETE mode."""
-    _, mount, other = shared
-    with Client(mount / "a.db") as one, Client(mount / "a.db") as two:
-        one(*TWO_ROWS.split(";"))
-        assert two("SELECT sum(a) FROM t") == [[3]]
-        with pytest.raises(SqlError, match="disk I/O error"):
-            one("PRAGMA journal_mode=WAL")
-        for client in (one, two):
-            client("INSERT INTO t VALUES (4)")
-            assert client("PRAGMA journal_mode") == [["delete"]]
-        for client in (one, two):
-            assert client("SELECT sum(a) FROM t") == [[11]]
-        assert (
-            sqlite(other / "a.db", "PRAGMA journal_mode; PRAGMA integrity_check; SELECT sum(a) FROM t")
-            == "delete\nok\n11"
-        )
-        assert "disk I/O error" in sqlite(mount / "fresh.db", "PRAGMA journal_mode=WAL", check=False)
-        assert sqlite(mount / "fresh.db", "CREATE TABLE t(a); INSERT INTO t VALUES (1); SELECT a FROM t") == "1"
-        assert not [name for name in shell("ls", mount.directory).stdout.split() if name.endswith(("-wal", "-shm"))]
-
-
-def test_a_wal_database_that_was_copied_in_opens_in_rollback_mode(shared: Shared, tmp_path: Path) -> None:
+def test_a_wal_database_that_was_copied_in_is_in_wal_mode(shared: Shared, tmp_path: Path) -> None:
     source = local_database(tmp_path / "wal.db", 1, "WAL")
     assert sqlite(source, "PRAGMA journal_mode") == "wal"
     _, mount, other = shared
     assert shell("cp", source, mount / "a.db").returncode == 0
     for left, shown in ((256, mount), (255, other)):
-        assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"delete\n{left}"
+        assert sqlite(shown / "a.db", "PRAGMA journal_mode; SELECT count(*) FROM t") == f"wal\n{left}"
         sqlite(shown / "a.db", ".timeout 60000", "DELETE FROM t WHERE id = (SELECT max(id) FROM t)")
     assert sqlite(mount / "a.db", "SELECT count(*) FROM t; PRAGMA integrity_check") == "254\nok"
 

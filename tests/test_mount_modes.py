@@ -281,7 +281,7 @@ def test_the_backup_api_onto_a_mount(pair: Pair, name: str, tmp_path: Path, wal:
             copy.stdin.close()
             assert copy.wait(PATIENCE_S) == 0
         assert reader("SELECT count(*), min(n) FROM t") == [[500, 1]]
-        assert reader("PRAGMA journal_mode") == [["delete"]]
+        assert reader("PRAGMA journal_mode") == [["wal" if wal else "delete"]]
     assert pair.commits(name) == commits + 1
     same_everywhere(pair, name)
 

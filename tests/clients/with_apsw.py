@@ -71,21 +71,15 @@ words.column_access = apsw.ext.VTColumnAccess.By_Name
 
 
 def best_practice(path: str) -> Any:
-    """What APSW recommends includes WAL: an error when a connection is opened. Without it the rest works."""
-    with connected(path) as db:
-        db.execute("CREATE TABLE t(a)")
-    recommended = apsw.bestpractice.recommended
-    apsw.bestpractice.apply(recommended)
-    try:
-        apsw.Connection(path).close()
-        error = "none"
-    except apsw.Error as problem:
-        error = type(problem).__name__
-    apsw.connection_hooks.clear()
-    apsw.bestpractice.apply([each for each in recommended if each is not apsw.bestpractice.connection_wal])
-    with connected(path) as db:
-        db.execute("INSERT INTO t VALUES (1)")
-        return [error, db.pragma("journal_mode"), db.pragma("foreign_keys"), list(db.execute("SELECT a FROM t"))]
+    """What APSW recommends includes WAL and foreign keys; what a reader sees beside a transaction, and after it."""
+    apsw.bestpractice.apply(apsw.bestpractice.recommended)
+    with connected(path) as db, connected(path) as reader:
+        db.execute("CREATE TABLE t(a); INSERT INTO t VALUES (1)")
+        with db:
+            db.execute("INSERT INTO t VALUES (2)")
+            before = list(reader.execute("SELECT a FROM t"))
+        after = list(reader.execute("SELECT a FROM t"))
+        return [db.pragma("journal_mode"), db.pragma("foreign_keys"), before, after]
 
 
 if __name__ == "__main__":

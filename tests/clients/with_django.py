@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def atomic() -> Any:
         transaction.on_commit(lambda: said.append("committed"))
     kept = list(Note.objects.filter(~Q(text__startswith="note ")).order_by("id").values_list("text", flat=True))
     return [kept, Event.objects.count(), said, connection.in_atomic_block]
+
+
+def beside() -> Any:
+    """How the connection was opened; how many notes another thread sees beside an open transaction, and after it."""
+    modes = []
+    with connection.cursor() as cursor:
+        for pragma in ("journal_mode", "synchronous"):
+            cursor.execute(f"PRAGMA {pragma}")
+            modes += cursor.fetchone()
+    with ThreadPoolExecutor(1) as other:
+        with transaction.atomic():
+            Note.objects.create(text="beside")
+            before = other.submit(Note.objects.count).result()
+        return [modes, before, other.submit(Note.objects.count).result()]
 
 
 if __name__ == "__main__":

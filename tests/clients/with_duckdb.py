@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -83,17 +84,16 @@ def beside(path: str, other: str) -> Any:
 
 
 def wal(path: str) -> Any:
-    """ATTACH takes JOURNAL_MODE 'WAL' without a word; what the first statement says then."""
+    """ATTACH with JOURNAL_MODE 'WAL'; what another process reads beside an open transaction."""
     with connected() as db:
-        db.execute(f"ATTACH '{path}' AS lake (TYPE sqlite)")
-        db.execute("CREATE TABLE lake.t(a INTEGER)")
-        db.execute("DETACH lake")
         db.execute(f"ATTACH '{path}' AS lake (TYPE sqlite, JOURNAL_MODE 'WAL')")
-        try:
-            db.execute("INSERT INTO lake.t VALUES (1)")
-        except duckdb.Error as error:
-            return str(error)
-        return "written"
+        db.execute("CREATE TABLE lake.t(a INTEGER)")
+        db.execute("INSERT INTO lake.t VALUES (1)")
+        db.execute("BEGIN; INSERT INTO lake.t VALUES (2)")
+        beside = ["sqlite3", path, "PRAGMA journal_mode; SELECT a FROM t"]
+        said = subprocess.run(beside, capture_output=True, text=True, check=True).stdout.split()
+        db.execute("COMMIT")
+        return [said, db.execute("SELECT a FROM lake.t").fetchall()]
 
 
 if __name__ == "__main__":

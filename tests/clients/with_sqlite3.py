@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 from typing import Any
 
 from calling import main
+
+REFRESH_S = 0.5  # of the mounts
 
 
 @contextlib.contextmanager
@@ -153,19 +156,20 @@ def read_only(path: str) -> Any:
     return [rows, "written"]
 
 
-def wal(path: str) -> Any:
-    """Asking for WAL is an error; the connection goes on."""
-    with closing(path) as db:
-        db.execute("CREATE TABLE t(a)")
-        try:
-            db.execute("PRAGMA journal_mode=WAL").fetchall()
-            error = "none"
-        except sqlite3.OperationalError as problem:
-            error = str(problem)
+def wal(path: str, other: str) -> Any:
+    """The mode; what a reader sees beside an open write transaction, and after it; what another mount then shows."""
+    with closing(path) as db, closing(path) as reader:
+        mode = db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
         with db:
+            db.execute("CREATE TABLE t(a)")
             db.execute("INSERT INTO t VALUES (1)")
-    with closing(path) as db:
-        return [error, db.execute("PRAGMA journal_mode").fetchone()[0], db.execute("SELECT a FROM t").fetchall()]
+        with db:
+            db.execute("INSERT INTO t VALUES (2)")
+            before = [a for (a,) in reader.execute("SELECT a FROM t")]
+        after = [a for (a,) in reader.execute("SELECT a FROM t")]
+        time.sleep(REFRESH_S)
+        with closing(other) as remote:
+            return [mode, before, after, [a for (a,) in remote.execute("SELECT a FROM t")]]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,449 @@
+"""A database of a mount, which SQLite may use in WAL mode: what its `-wal` and `-shm` mean for what is published.
+
+Two states at once. `_view` is the file as SQLite on this machine made it: the base, and what was checkpointed, which is
+never published. `_ahead` is what is published: that and the committed frames of the log. Everybody elsewhere sees the
+second; here, SQLite puts the log over the first. They are one again when the log restarts or is unlinked.
+
+A transaction is *committed* when the writer syncs the log or lets go of the write lock; *pending* until published. A
+commit that failed is cut off the log: what follows would continue its checksums if it began with the same frames. When
+log and index (`-shm`, which daemons see only after the kernel wrote it back) may differ, the index's header is zeroed:
+SQLite then recovers it from the log.
+
+Invariants: while `_ahead` is set only SQLite's checkpoints write to `_view`; `_pending` are the transactions between
+`_published` and `_end`. Threads: as in `state.py`; `_log_mutex` protects `_end` and `_pending`, below all other locks.
+Readers that have it open never wait for a commit that is on its way."""
+
+import contextlib
+import errno
+import logging
+import threading
+from collections.abc import Callable, Collection, Hashable
+from typing import Any
+
+from s3blockfs import header, wal
+from s3blockfs.database import Database
+from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
+from s3blockfs.lease import Stale
+from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.sidefiles import INDEX_SUFFIX, LOG_SUFFIX, SideFile
+from s3blockfs.snapshot import Version
+from s3blockfs.view import View
+
+log = logging.getLogger(__name__)
+
+#: Bytes of `-shm` that SQLite locks: https://sqlite.org/walformat.html#wal_locks
+WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
+
+#: Of the index: two copies of its header, by which SQLite judges it, and how far the checkpoint and the readers are.
+INDEX_HEADERS_BYTES, INDEX_START_BYTES = 96, 136
+
+
+#: While readers that overlap keep an old state, new ones wait for so long, so often.
+HELD_BACK_S, HELD_BACK_EVERY_S = 2.0, 10.0
+
+
+class WalDatabase(Database):
+    """Made by `catalog.py` for a mount that may write."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.index_locks = RangeLocks()
+        self._log_mutex = threading.Lock()
+        self._end: wal.Position | None = None
+        self._published: wal.Position | None = None
+        self._pending: list[wal.Committed] = []
+        self._pending_s: float | None = None
+        self._broken = False  # a commit failed, and its writer perhaps does not know yet
+        self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
+
+    # --- the database file -----------------------------------------------------------------------------
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writer() is not None or super().is_writing
+
+    def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
+        if not self.is_logged:
+            return super().write(offset, data, owners)
+        self._require_checkpoint()
+        return self._view.write(offset, data, publish=False)
+
+    def truncate(self, size: int, owners: Collection[Hashable] | None = None) -> None:
+        if not self.is_logged:
+            return super().truncate(size, owners)
+        self._require_checkpoint()
+        return self._view.truncate(size, publish=False)
+
+    def sync(self, pid: int, commits: Callable[[str | None], bool] = lambda name: False) -> None:
+        if self.is_logged:
+            self._require_settled()
+        else:
+            super().sync(pid, commits)
+
+    def close_handle(self, pid: int) -> None:
+        if self.is_logged:
+            with self._changing():
+                self._require_settled()
+                self._flush()
+        else:
+            super().close_handle(pid)
+
+    def owner_closes(self, owner: Hashable) -> bool:
+        return False if self.is_logged else super().owner_closes(owner)
+
+    def _presented(self, offset: int, data: bytes) -> bytes:
+        """As it is; but nobody may open it in another mode than those who have a log open."""
+        return header.with_versions(header.WAL_VERSION, data) if offset == 0 and self._log() else data
+
+    def _before_wal(self, offset: int, data: bytes) -> None:
+        """Not refused here."""
+
+    def _require_checkpoint(self) -> None:
+        self._require_writable()
+        if self.index_locks.test(None, Kind.READ, CHECKPOINT, CHECKPOINT) is None and not self._is_exclusive():
+            raise OSError(errno.EBUSY, f"{self._label}: is in use in WAL mode; only SQLite may write to it")
+
+    def _is_exclusive(self) -> bool:
+        """Whether somebody has the database alone: then SQLite takes no locks of the index, and may have none."""
+        return any(self.locks.level(owner) is Level.EXCLUSIVE for owner in self.locks)
+
+    def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
+        super()._before_grant(owner, level, kind, start, end)
+        if kind is Kind.WRITE and (start, end) == (SHARED_FIRST, SHARED_LAST) and not self._journal_is_hot():
+            if self.locks.holds(owner, RESERVED_BYTE, RESERVED_BYTE):
+                return
+            # locking_mode=EXCLUSIVE: from inside a transaction, or before there is an index. Not the last close.
+            in_wal = header.sets_wal(0, self._view.read(0, header.HEADER_BYTES))
+            opens = in_wal and self._side_files.get(self.path + INDEX_SUFFIX) is None
+            if opens or self.index_locks.holds(owner, FIRST_READ, LAST_READ):
+                self._begin_write_in_log(owner)
+
+    def _after_change(self, owner: Hashable, before: Level) -> None:
+        super()._after_change(owner, before)
+        if before is Level.EXCLUSIVE and self.is_logged and not self._is_exclusive():
+            if self._broken:
+                with self._changing():
+                    self._leave()
+                    self._moved = True
+            else:
+                self._note_commits()
+
+    def _is_read(self, owner: Hashable) -> bool:
+        if self._log() is None:
+            return super()._is_read(owner)
+        return self.index_locks.test(None, Kind.WRITE, WRITE, LAST_READ) is not None or self._is_exclusive()
+
+    def _refresh(self, max_age_s: float, owner: Hashable) -> None:
+        if self._log() is None:
+            super()._refresh(max_age_s, owner)
+        elif self._writing.acquire(blocking=False):  # else a commit is on its way, which may take long
+            self._writing.release()
+            try:
+                super()._refresh(max_age_s, owner)
+            except Busy:
+                # SQLite takes 10 s of this for an error, so hold readers back now and then only.
+                behind_s = self._source.runtime.monotonic() - (self._behind_s or 0.0)
+                if behind_s % HELD_BACK_EVERY_S < HELD_BACK_S:
+                    raise
+
+    # --- the index -------------------------------------------------------------------------------------
+
+    def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
+        """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery of the index,
+        or for a checkpoint."""
+        begins = kind is Kind.WRITE and start == end == WRITE and self.index_locks.holds(owner, FIRST_READ, LAST_READ)
+        if begins:
+            self._lease.ask(owner)
+        with self._gate:
+            self._require_settled()
+            if kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
+                self._refresh(self._config.refresh_s, owner)  # SQLite looks at the index's header again after this
+            if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
+                raise Busy(f"{self._label}: locked")
+            if begins:  # locked already: a commit in the background must not give the lease away any more
+                try:
+                    self._begin_write_in_log(owner)
+                except BaseException:
+                    self.index_locks.unlock(owner, start, end)
+                    raise
+
+    def unlock_index(self, owner: Hashable, start: int, end: int) -> None:
+        with self._gate:
+            writer = self._writer()
+            ends = writer is not None and writer.owner == owner and start <= WRITE <= end
+            if ends:
+                self._note_commits()
+                self._broken = False
+            self.index_locks.unlock(owner, start, end)
+            if ends and not self._pending:
+                self._lease.done(self)
+
+    def index_closes(self, owner: Hashable) -> None:
+        """A handle of `owner` closes. If it is writing, its process died: what it had not committed is cut off."""
+        if (writer := self._writer()) is None or writer.owner != owner:
+            return
+        with self._gate, self._changing():
+            self._cut(self._end)
+            self._spoil_index(INDEX_HEADERS_BYTES)  # it may not know what the last sync has published
+
+    def _writer(self) -> Any:
+        return self.index_locks.test(None, Kind.READ, WRITE, WRITE)
+
+    def _begin_write_in_log(self, owner: Hashable) -> None:
+        self._require_writable()
+        with self._changing():
+            now = self._source.runtime.monotonic()
+            self._convert()
+            try:
+                self._lease.take(self, self.version)
+            except Stale:
+                self._fall_behind(now)
+                self._refused = self._refused or (owner, now)
+                raise
+            self.checked_s = now
+        self._lease.granted(owner)
+
+    def _spoil_index(self, size: int) -> None:
+        """SQLite will recover it. The kernel would write what it has over the zeros, and show it."""
+        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
+            self.forget_pages(index)
+            index.write(0, bytes(size))
+            self.forget_pages(index)
+
+    # --- the log ---------------------------------------------------------------------------------------
+
+    def log_write(self, offset: int) -> None:
+        """SQLite is about to write there. Raises what publishing raises, and OSError: then it must not be written."""
+        if self._broken:
+            raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
+        if offset == 0:
+            self._restart(begins=True)
+        elif self._end is not None and offset < self._end.end:
+            self._rewrite(offset)
+
+    def log_truncate(self, size: int) -> None:
+        """The same for truncating it."""
+        if size == 0:
+            self._restart(begins=False)
+        elif self._end is not None and size < self._end.end:
+            raise OSError(errno.EIO, f"{self._label}: transactions would be cut off the log")
+
+    def log_sync(self, pid: int) -> None:
+        """fsync by process `pid`: the commit point of synchronous=FULL, and the first thing a checkpoint does. Returns
+        when what is committed is in S3. Raises when it is not: then a commit failed, and never comes back."""
+        with self._changing():
+            self._require_settled()
+            if self._broken:
+                raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
+            writer, before, known = self._writer(), self._end, len(self._pending)
+            if writer is None or writer.pid == pid:
+                self._scan()
+            found = len(self._pending) > known
+            try:
+                self._flush(ends=found)
+            except BaseException:
+                if found:  # of a writer with locking_mode=EXCLUSIVE nobody knows what it takes for committed
+                    self._broken = True
+                    if writer is not None:
+                        self._cut(before)
+                raise
+
+    def log_unlink(self) -> None:
+        """SQLite is about to remove it, at the last close or to leave WAL mode: everything is in the file. Raises what
+        publishing raises: then it must stay."""
+        with self._changing():
+            if self.is_logged and not self._broken:
+                self._scan()
+                self._flush()
+            self._rebase()
+            if self.is_logged:
+                self._forget_log()
+                self._moved = True  # the kernel has the change counter that was written here
+        if not self.is_writing:
+            self._lease.done(self)
+
+    def _log(self) -> SideFile | None:
+        return self._side_files.get(self.path + LOG_SUFFIX)
+
+    def _scan(self) -> None:
+        """Find what was committed since the last time."""
+        with self._log_mutex:
+            if (file := self._log()) is None or not self.is_logged:
+                return
+            since = self._end or wal.start(file.read(0, wal.HEADER_BYTES))
+            if since is not None and (found := wal.committed(file.read, since)) is not None:
+                self._published = self._published or since
+                self._end = found.end
+                self._pending.append(found)
+
+    def _note_commits(self) -> None:
+        """Nobody syncs them: they are published soon."""
+        if not self._broken:
+            self._scan()
+            if self._pending and self._pending_s is None:
+                self._pending_s = self._source.runtime.monotonic()
+
+    def _flush(self, ends: bool = False) -> None:
+        """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
+        pending, file, view = list(self._pending), self._log(), self._ahead
+        if not pending or file is None or view is None:
+            return
+        self._require_writable()
+        if not ends and self.is_writing:
+            self._lease.stays()
+        try:
+            for each in pending:
+                if each.cut < view.size:
+                    view.truncate(each.cut)
+                for offset, place in sorted(each.pages.items()):
+                    view.write(offset, file.read(place, each.end.page_size))
+                if view.size != each.size:
+                    view.truncate(each.size)
+            self._put(view)
+        except BaseException:
+            view.drop()
+            raise
+        with self._log_mutex:
+            del self._pending[: len(pending)]
+            self._published = pending[-1].end
+            self._pending_s = None
+
+    def _restart(self, begins: bool) -> None:
+        """A log begins anew: all that was in the old one is in the file."""
+        with self._changing():
+            self._require_writable()
+            self._flush()
+            self._rebase()
+            if begins and not self.is_logged:
+                if self.is_dirty:
+                    self._publish()
+                self._ahead = View(self._source, self._config, self._view.snapshot)
+            with self._log_mutex:
+                self._end = self._published = None
+
+    def _rebase(self) -> None:
+        """Both states are the same now: forget what the checkpoints wrote."""
+        self._require_settled()
+        if self._ahead is not None:
+            self._view.move(self._ahead.snapshot)
+
+    def _rewrite(self, offset: int) -> None:
+        """SQLite is about to overwrite what looked committed: an error came between the frames and the index."""
+        with self._gate, self._changing(), self._log_mutex:
+            if self._published is None or offset < self._published.end:
+                self._spoil_index(INDEX_HEADERS_BYTES)
+                raise OSError(errno.EIO, f"{self._label}: transactions that were published would be overwritten")
+            self._end = self._published
+            self._pending.clear()
+
+    def _cut(self, end: wal.Position | None) -> None:
+        """Back to this end of the log; nothing behind it may ever count."""
+        with self._log_mutex:
+            if (file := self._log()) is None:
+                return
+            at = end or wal.start(file.read(0, wal.HEADER_BYTES))
+            while self._pending and (at is None or self._pending[-1].end.frames > at.frames):
+                self._pending.pop()
+            self._end = end
+            file.truncate(0 if at is None else at.end)
+        self.forget_pages(file)
+
+    def _forget_log(self) -> None:
+        with self._log_mutex:
+            self._ahead = self._end = self._published = self._pending_s = None
+            self._pending.clear()
+            self._broken = False
+
+    def _leave(self) -> None:
+        """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by
+        its salts that what is in their caches is old: after a recovery nothing else in the index tells them."""
+        if self._pending:
+            log.error("%s: others committed; transactions that were not yet in S3 are lost", self._label)
+        if self._ahead is not None:
+            self._view.move(self._ahead.snapshot)
+        self._forget_log()
+        self._spoil_index(INDEX_START_BYTES)
+        if (file := self._log()) is not None:
+            size = header.page_size(self._view.read(0, header.HEADER_BYTES).ljust(18, b"\0")) or 4096
+            file.truncate(0)
+            file.write(0, wal.empty(size, self._source.runtime.token(8)))
+            self.forget_pages(file)
+
+    # --- the end, and time -----------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        super().tick()
+        now = self._source.runtime.monotonic()
+        if self._pending_s is None and self.is_logged and self._is_exclusive() and not self._broken:
+            self._pending_s = now  # there may be something that no lock tells of
+        if self._pending_s is not None and now - self._pending_s >= self._config.group_commit_s:
+            self._pending_s = now
+            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
+                self._source.runtime.submit(self._flush_soon)
+        if self.is_logged and not list(self.locks):
+            with contextlib.suppress(RuntimeError):
+                self._source.runtime.submit(self._tidy)
+
+    def _flush_soon(self) -> None:
+        try:
+            with self._changing():
+                if self._doubt is None and self.is_logged and not self._broken:
+                    if self._is_exclusive():
+                        self._scan()
+                    self._flush()
+                    self._pending_s = None
+        except (CommitLost, DatabaseGone) as error:
+            self._pending_s = None  # the next transaction finds out
+            log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, error)
+        except (S3BlockFSError, OSError) as error:
+            log.warning("%s: not yet published: %s", self._label, error)
+        with self._gate:
+            if not self._pending and not self.is_writing:
+                self._lease.done(self)
+
+    def _tidy(self) -> None:
+        """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
+        with self._gate, self._changing():
+            if self.is_logged and not list(self.locks) and self._doubt is None:
+                try:
+                    self._flush()
+                    self._rebase()
+                except (S3BlockFSError, OSError) as error:
+                    log.warning("%s: not yet published: %s", self._label, error)
+                    return
+                self._end_log()
+                self._moved = True
+                self._lease.done(self)
+
+    def _go_on(self, version: Version | None) -> None:
+        if not self.is_logged:
+            super()._go_on(version)
+            return
+        with self._gate, self._changing():
+            self._doubt = None
+            if version is not None:  # it applied: like a commit from elsewhere, which the next transaction finds
+                self._pending.clear()
+            self.checked_s = float("-inf")
+
+    def delete(self) -> None:
+        with self._changing():
+            self._end_log()
+            super().delete()
+
+    def close(self) -> None:
+        try:
+            with self._changing():
+                if self._doubt is None and self.is_logged and not self._broken:
+                    self._scan()
+                    self._flush()
+        except (S3BlockFSError, OSError) as error:
+            log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, error)
+        self._end_log()
+        super().close()
+
+    def _end_log(self) -> None:
+        if self._ahead is not None:
+            self._view.move(self._ahead.snapshot)
+        self._forget_log()
+        for suffix in (LOG_SUFFIX, INDEX_SUFFIX):
+            self._side_files.remove(self.path + suffix)
