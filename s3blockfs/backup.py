@@ -7,12 +7,14 @@ from typing import Any
 
 import apsw
 
+from s3blockfs.config import MIB
 from s3blockfs.database import Database
 from s3blockfs.errors import Busy, UsageError
 from s3blockfs.runtime import Progress
 
 PATIENCE_MS = 60_000  # for a program that is writing
 STEP_PAGES = 256  # copied at a time
+GATHER_BYTES = MIB  # SQLite writes page after page; the engine takes many as fast as one
 
 
 def back_up(file: str, database: Database, report: Progress) -> None:
@@ -31,6 +33,7 @@ def back_up(file: str, database: Database, report: Progress) -> None:
                     while not backup.done:
                         backup.step(STEP_PAGES)
                         report(backup.page_count - backup.remaining, backup.page_count)
+                sink.flush()
     except apsw.Error as error:
         kind = Busy if isinstance(error, apsw.BusyError) else UsageError
         raise kind(f"{file}: {error}") from error
@@ -42,7 +45,14 @@ class _Sink(apsw.VFS):
     def __init__(self, database: Database) -> None:
         self.name = f"sink-{uuid.uuid4()}"
         self._database = database
+        self._gathered, self._end = bytearray(), 0  # written one after the other, up to this offset
         super().__init__(name=self.name, base="")
+
+    def flush(self) -> None:
+        """Raises what writing raises."""
+        data, self._gathered = bytes(self._gathered), bytearray()
+        if data:
+            self._database.write(self._end - len(data), data)
 
     def xOpen(self, name: object, flags: list[int]) -> Any:
         return self
@@ -51,15 +61,21 @@ class _Sink(apsw.VFS):
         return name
 
     def xRead(self, amount: int, offset: int) -> bytes:
+        self.flush()
         return self._database.read(offset, amount)
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        self._database.write(offset, bytes(data))  # what it raises comes out of `Backup.step` as it is
+        if offset != self._end or len(self._gathered) >= GATHER_BYTES:
+            self.flush()  # what it raises comes out of `Backup.step` as it is
+        self._gathered += data
+        self._end = offset + len(data)
 
     def xTruncate(self, size: int) -> None:
+        self.flush()
         self._database.truncate(size)
 
     def xFileSize(self) -> int:
+        self.flush()
         return self._database.size
 
     def _nothing(self, *_: object) -> bool:

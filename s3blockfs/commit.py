@@ -27,8 +27,10 @@ from s3blockfs.view import View
 
 SMALL_COMMIT_BYTES = 256 * KIB  # more do not go into the tail: they would be uploaded again with every later commit
 
-#: The tail is rolled into a segment in the background beyond the first size, and a commit waits beyond the second.
-ROLL_BYTES = 256 * KIB
+#: The tail is rolled into a segment in the background beyond the first size, twice that while it holds few commits (a
+#: roll costs a PUT), and a commit waits beyond the second one. Every commit uploads the tail, so its size is time.
+ROLL_BYTES = 128 * KIB
+FEW_COMMITS = 32
 FULL_TAIL_BYTES = MIB
 ROLL_RAW_BYTES = 16 * MIB
 ROLL_COMMITS = 1024
@@ -88,7 +90,8 @@ class Publisher:
         self._lease.committed(version.head)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
-        if self._rolling is None and (_is_beyond(head.tail, ROLL_BYTES, 1) or _holds_up_a_fold(head)):
+        roll_bytes = ROLL_BYTES if len(head.tail.commits) > FEW_COMMITS else 2 * ROLL_BYTES
+        if self._rolling is None and (_is_beyond(head.tail, roll_bytes, 1) or _holds_up_a_fold(head)):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
                 self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq or head.deleted:

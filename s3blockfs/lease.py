@@ -40,7 +40,8 @@ POLL_S = 0.1  # a lease of somebody else is looked at no more often, however oft
 LONGEST_S = 600  # nobody's lease is respected for longer without a sign of life, whatever it says
 
 #: How long to pause after such a time without a line, at most: whoever writes all the time wins every race for the
-#: head, so others need a moment to line up; a longer one when commits take long. Half while nobody else was met.
+#: head, so others need a moment to line up; a longer one when commits take long. Half, and half as often, while nobody
+#: else was met.
 REST_S = 0.6
 
 #: A writer of this process that asked in vain for so long goes before those that came later, unless nothing was seen of
@@ -155,9 +156,9 @@ class Lease:
         # It counts from when it was sent: a process that was stopped before the answer came has lost it by now.
         self._held, self._renewed_s = self._is_own(head.lease), self._began_s
         since_s = max(self._taken_s, self._rest_until_s)
-        if self._held and self._burst and not self._session and now - since_s > TENURE_S:
-            most_s = min(REST_S + 6 * (now - self._began_s), TENURE_S)
-            most_s /= 1 if now - self._contended_s < CONTENDED_S else 2
+        alone = 2 if now - self._contended_s >= CONTENDED_S else 1  # so far: a newcomer may wait for longer, once
+        if self._held and self._burst and not self._session and now - since_s > TENURE_S * alone:
+            most_s = min(REST_S + 6 * (now - self._began_s), TENURE_S) / alone
             self._rest_until_s = now + self._runtime.uniform(most_s / 2, most_s)
         self._session = self._user is not None
 
