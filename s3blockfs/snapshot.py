@@ -36,6 +36,7 @@ from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
 _INDEXES_KEPT = 4096  # decoded, of segments; an index names a few hundred extents
+_PLACES_KEPT = 16384  # of blocks, by each snapshot: 3 MB
 
 
 class Version(NamedTuple):
@@ -123,10 +124,11 @@ class Source:
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_log", "_source", "head", "map", "version")
+    __slots__ = ("_log", "_places", "_source", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source, self._log = source, log
+        self._places: dict[int, FrameAddress] = {}  # of blocks that were read and are one frame, with no log over it
         self.version, self.head, self.map = version, version.head, block_map
 
     @classmethod
@@ -164,19 +166,38 @@ class Snapshot:
     def read(self, offset: int, length: int) -> bytes:
         """Committed bytes; fewer at the end of the file, none past it, zeros in holes."""
         end = min(offset + length, self.head.size)
-        return self._read([(offset, end)])[0] if offset < end else b""
+        if offset >= end:
+            return b""
+        block, last = offset // self.head.block_size, (end - 1) // self.head.block_size
+        data, plan = self._read([(offset, end)])[0]
+        is_base = plan and block == last and block not in self._log.overlay
+        if is_base and all(cut.seq <= plan[0].seq for cut in self._log.cuts):
+            if len(self._places) == _PLACES_KEPT:
+                self._places.clear()
+            self._places[block] = _addresses(plan)[0]
+        return data
+
+    def near(self, offset: int, length: int) -> bytes | None:
+        """The same if these bytes are of one block that was read before and is in memory; else None."""
+        size = self.head.block_size
+        block, low = divmod(offset, size)
+        high = low + length
+        if (place := self._places.get(block)) is None or high > size or offset + length > self.head.size:
+            return None
+        frame = self._source.cache.get(self._source.prefix, place)
+        return None if frame is None else frame[low:high]
 
     def read_blocks(self, blocks: Iterable[int]) -> list[bytes]:
         """Whole blocks by their numbers, by few requests also if they are scattered; zeros behind the file's end."""
         size = self.head.block_size
-        return self._read([(block * size, (block + 1) * size) for block in blocks])
+        return [data for data, _ in self._read([(block * size, (block + 1) * size) for block in blocks])]
 
-    def _read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def _read(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[bytes, list[Piece]]]:
         with self._source.reading(self.head):
             plans = [self._plan(low, high) for low, high in ranges]
             addresses = [address for plan in plans for address in _addresses(plan)]
             frames = iter(self._source.cache.fetch(self._source.prefix, addresses))
-        return [_assembled(low, high, plan, frames) for (low, high), plan in zip(ranges, plans, strict=True)]
+        return [(_assembled(low, high, plan, frames), plan) for (low, high), plan in zip(ranges, plans, strict=True)]
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""

@@ -135,3 +135,18 @@ def test_a_file_that_ends_ends_it() -> None:
     assert max(found[1] for found in asked if found is not None) == size
     assert ahead.next_range(size - 100, 4096, size) is None
     assert ahead.next_range(0, 4096, 0) is None
+
+
+def test_interior_pages_do_not_end_a_scan() -> None:
+    """A table's scan reads an interior page every few hundred leaves, anywhere in the file, and goes on as before."""
+    rng = random.Random(1)
+    ahead = Readahead(LIMIT)
+    size, step = 100 * MIB, 64 * KIB
+    asked = []
+    for offset in range(0, size, step):
+        if offset % (2 * MIB) == 0:
+            asked.append(ahead.next_range(rng.randrange(size // 4096) * 4096, 4096, size))
+        asked.append(ahead.next_range(offset, step, size))
+    ranges = [found for found in asked if found is not None]
+    assert len(ranges) <= 2 * size / OBJECT_BYTES
+    assert sum(high - low for low, high in ranges) > 0.9 * size
