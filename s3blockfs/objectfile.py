@@ -64,7 +64,7 @@ class ObjectSnapshot(Snapshot):
         end = min(offset + length, self.head.size)
         if offset >= end:
             return b""
-        blocks = self._source.cache.fetch(self._source.prefix, list(self._blocks(offset, end)))
+        blocks = self._source.cache.fetch(self._source.prefix, list(self._blocks(offset, end)), self._missed)
         skip = offset % BLOCK_BYTES
         return b"".join(blocks)[skip : skip + end - offset]
 

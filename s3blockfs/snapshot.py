@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -169,7 +169,7 @@ class Snapshot:
         if offset >= end:
             return b""
         block, last = offset // self.head.block_size, (end - 1) // self.head.block_size
-        data, plan = self._read([(offset, end)])[0]
+        data, plan = self._read([(offset, end)], self._missed)[0]
         is_base = plan and block == last and block not in self._log.overlay
         if is_base and all(cut.seq <= plan[0].seq for cut in self._log.cuts):
             if len(self._places) == _PLACES_KEPT:
@@ -192,12 +192,20 @@ class Snapshot:
         size = self.head.block_size
         return [data for data, _ in self._read([(block * size, (block + 1) * size) for block in blocks])]
 
-    def _read(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[bytes, list[Piece]]]:
+    def _read(
+        self, ranges: Sequence[tuple[int, int]], on_miss: Callable[[int], None] = lambda offset: None
+    ) -> list[tuple[bytes, list[Piece]]]:
         with self._source.reading(self.head):
             plans = [self._plan(low, high) for low, high in ranges]
             addresses = [address for plan in plans for address in _addresses(plan)]
-            frames = iter(self._source.cache.fetch(self._source.prefix, addresses))
+            frames = iter(self._source.cache.fetch(self._source.prefix, addresses, on_miss))
         return [(_assembled(low, high, plan, frames), plan) for (low, high), plan in zip(ranges, plans, strict=True)]
+
+    def _missed(self, offset: int) -> None:
+        """A reader waits for these bytes: fetch what lies around them as well where that is worth it."""
+        if ahead := self._source.cache.missed(self._source.prefix, offset, self.head.size):
+            with suppress(RuntimeError):  # no more threads
+                self._source.runtime.submit(partial(self.prefetch, *ahead))
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
