@@ -219,7 +219,7 @@ class Snapshot:
 
     def _plan(self, offset: int, end: int) -> list[Piece]:
         """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""
-        size = self.head.block_size
+        size, overlay, cuts = self.head.block_size, self._log.overlay, self._log.cuts
         first, last = offset // size, -(-end // size)
         homes = {block: extent for extent in self.map.find(first, last) for block in range(extent.first, extent.end)}
         plan: list[Piece] = []
@@ -229,15 +229,18 @@ class Snapshot:
             low, high = max(offset, block * size), min(end, (block + 1) * size)
             logged = [
                 piece._replace(start=max(piece.start, low), end=min(piece.end, high))
-                for piece in self._log.overlay.get(block, ())
+                for piece in overlay.get(block, ())
                 if piece.seq > complete_to and piece.end > low and piece.start < high
             ]
             if home is not None:
                 # Cuts rise in seq and `at`, so the first one after what the block is complete to is the lowest.
-                limit = min(high, next((cut.at for cut in self._log.cuts if cut.seq > complete_to), high))
-                covered_to = [low, *(piece.end for piece in logged)]
-                covered_from = [*(min(piece.start, limit) for piece in logged), limit]
-                if any(gap < until for gap, until in zip(covered_to, covered_from, strict=True)):
+                limit = min(high, next((cut.at for cut in cuts if cut.seq > complete_to), high))
+                shows = low < limit
+                if logged:
+                    covered_to = [low, *(piece.end for piece in logged)]
+                    covered_from = [*(min(piece.start, limit) for piece in logged), limit]
+                    shows = any(gap < until for gap, until in zip(covered_to, covered_from, strict=True))
+                if shows:
                     address = slot_address(home.ref, home.slot + block - home.first, block, size)
                     plan.append(Piece(low, limit, complete_to, address, address.offset))
             plan += logged
@@ -337,9 +340,9 @@ def _head_at(head: Head, record: Commit, block_map: BlockMap) -> Head:
 def _assembled(low: int, high: int, plan: Sequence[Piece], frames: Iterator[bytes]) -> bytes:
     """The bytes low..high from the pieces of a plan, the fetched ones from `frames`; each covers what came before."""
     parts = [(piece, piece.source if isinstance(piece.source, bytes) else next(frames)) for piece in plan]
-    if len(parts) == 1 and (plan[0].start, plan[0].end) == (low, high):
-        piece, data = parts[0]
-        return data[low - piece.origin : high - piece.origin]
+    if [low, *(piece.end for piece in plan)] == [*(piece.start for piece in plan), high]:  # side by side
+        whole = parts if len(parts) == 1 else [(piece, memoryview(data)) for piece, data in parts]
+        return b"".join([data[piece.start - piece.origin : piece.end - piece.origin] for piece, data in whole])
     result = bytearray(high - low)
     for piece, data in parts:
         part = memoryview(data)[piece.start - piece.origin : piece.end - piece.origin]
