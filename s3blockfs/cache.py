@@ -3,11 +3,14 @@
 Names are never reused, so an entry is valid for ever: below the head there is no cache invalidation. Concurrent misses
 of one frame share one GET; frames that lie next to each other in one object are fetched by one ranged GET.
 
-Thread rule: any thread. Invariant: a key is in `_inflight` exactly while one thread fetches it; whoever put it there
-resolves its future and removes it, on success and on failure."""
+What is fetched ahead waits in a queue for few threads, so that it takes neither all of them nor the whole link; a
+reader who needs something of it fetches it himself, at once.
+
+Thread rule: any thread. Invariants: a key is in `_inflight` exactly while its run waits in `_queue` or one thread
+fetches it; that one removes it and resolves the run, on success and on failure. Nobody waits for a run in `_queue`."""
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -20,59 +23,99 @@ from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError,
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress
 from s3blockfs.format.keys import ObjectRef
 from s3blockfs.objectstore import ObjectStore
+from s3blockfs.prefetch import Density, Range
 from s3blockfs.runtime import Runtime, all_of
 
 #: Two frames of one object this close together are fetched by one GET: at 15 ms and 100 MB/s a request costs as much
 #: time as 1.5 MB, in money as much as nothing; but bytes of other frames are thrown away.
 MAX_GAP_BYTES = 64 * 1024
+AHEAD_GETS = 6  # at a time; of 4 MiB each they fill a fast link, and Python is not faster
+SLOW_S = 1.0  # a GET of what is fetched ahead that takes longer shows a slow link, which readers need for themselves
+DENSITIES_KEPT = 256
 
 _Key = tuple[str, ObjectRef, int]  # prefix, object, byte in it
+
+
+class _Run:
+    """Frames of one object, for one GET. `done` brings the bytes of each by its place, or what is wrong with it."""
+
+    __slots__ = ("addresses", "done", "prefix")
+
+    def __init__(self, prefix: str, addresses: list[FrameAddress]) -> None:
+        self.prefix, self.addresses = prefix, addresses
+        self.done: Future[dict[int, bytes | BaseException]] = Future()
 
 
 class BlockCache:
     """Shared by every database of a mount or process."""
 
-    def __init__(self, store: ObjectStore, runtime: Runtime, capacity_bytes: int, patience_s: float) -> None:
-        """`patience_s` bounds the wait for a GET that another thread is making."""
-        self._store, self._runtime, self._patience_s = store, runtime, patience_s
+    def __init__(
+        self, store: ObjectStore, runtime: Runtime, capacity_bytes: int, patience_s: float, ahead_bytes: int = 0
+    ) -> None:
+        """`patience_s` bounds the wait for a GET that another thread is making, `ahead_bytes` what is fetched because
+        of the density of reads (see `Density`)."""
+        self._store, self._runtime, self._patience_s, self._ahead_bytes = store, runtime, patience_s, ahead_bytes
         self._lock = threading.Lock()
         self._frames: LRUCache[_Key, bytes] = LRUCache(capacity_bytes, getsizeof=len)
-        self._inflight: dict[_Key, Future[bytes]] = {}
+        self._inflight: dict[_Key, _Run] = {}
+        self._queue: dict[_Run, None] = {}
+        self._workers = 0
+        self._densities: LRUCache[str, Density] = LRUCache(DENSITIES_KEPT)  # by prefix
+        self._hits = 0  # of `get`, not counted yet: a figure for Prometheus costs as much as the rest of a hit
 
-    def fetch(self, prefix: str, addresses: Sequence[FrameAddress]) -> list[bytes]:
-        """The verified bytes of each frame, in order. Raises DamagedObject, or what `ObjectStore.get` raises."""
+    def fetch(
+        self, prefix: str, addresses: Sequence[FrameAddress], on_miss: Callable[[int], None] = lambda offset: None
+    ) -> list[bytes]:
+        """The verified bytes of each frame, in order; `on_miss` hears of each GET that this takes, by the place of its
+        bytes in the file. Raises DamagedObject, or what `ObjectStore.get` raises."""
         runs, waiting, found = self._claim(prefix, addresses)
-        metrics.CACHE_HITS.inc(len(found))
+        hits, self._hits = self._hits, 0
+        metrics.CACHE_HITS.inc(len(found) + hits)
         metrics.CACHE_MISSES.inc(len(waiting))
         try:
-            all_of(self._runtime, [partial(self._fetch_run, prefix, run) for run in runs])
+            for run in runs:
+                on_miss(run.addresses[0].offset)
+            all_of(self._runtime, [partial(self._fetch_run, run) for run in runs])
         except BaseException:  # Ctrl-C, say: others would wait for these frames for as long as the process lives
-            with self._lock:
-                left = [self._inflight.pop((prefix, address.ref, address.pos), None) for run in runs for address in run]
-            for future in filter(None, left):
-                future.set_exception(StoreUnavailable(f"{self._store.name}/{prefix}: interrupted; read again"))
+            for run in runs:
+                self._resolve(run, StoreUnavailable(f"{self._store.name}/{prefix}: interrupted; read again"))
             raise
-        for address, future in waiting.items():
+        for address, run in waiting.items():
             try:
-                found[address] = future.result(timeout=self._patience_s)
+                result = run.done.result(timeout=self._patience_s)[address.pos]
             except FutureTimeout:
                 key = address.ref.key(prefix)
                 raise StoreUnavailable(f"{self._store.name}/{key}: no answer in {self._patience_s:g} s") from None
+            if not isinstance(result, bytes):
+                raise result
+            found[address] = result
         return [found[address] for address in addresses]
 
     def prefetch(self, prefix: str, addresses: Iterable[FrameAddress]) -> None:
         """Start fetching what is not here; errors are left to whoever needs the bytes and asks again."""
-        for run in self._claim(prefix, addresses)[0]:
-            fetch = partial(self._fetch_run, prefix, run)
+        self._claim(prefix, addresses, ahead=True)
+        with self._lock:
+            more = min(len(self._queue), AHEAD_GETS - self._workers)
+            self._workers += more
+        for _ in range(more):
             try:
-                self._runtime.submit(fetch)
-            except RuntimeError:  # no more threads: what was claimed must be resolved
-                fetch()
+                self._runtime.submit(self._work)
+            except RuntimeError:  # no more threads; others that begin later find nothing to do
+                self._work()
+
+    def missed(self, prefix: str, offset: int, size: int) -> Range | None:
+        """What to fetch ahead, of a file of `size` bytes, because a reader had to wait for these bytes."""
+        with self._lock:
+            if (density := self._densities.get(prefix)) is None:
+                density = self._densities[prefix] = Density(self._ahead_bytes)
+            return density.missed(self._runtime.monotonic(), offset, size)
 
     def get(self, prefix: str, address: FrameAddress) -> bytes | None:
         """What is here already."""
         with self._lock:
-            return self._frames.get((prefix, address.ref, address.pos))
+            found = self._frames.get((prefix, address.ref, address.pos))
+            self._hits += found is not None
+            return found
 
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
         """Remember bytes that this process uploaded, or fetched by other means."""
@@ -80,54 +123,94 @@ class BlockCache:
             self._frames[prefix, address.ref, address.pos] = data
 
     def _claim(
-        self, prefix: str, addresses: Iterable[FrameAddress]
-    ) -> tuple[list[list[FrameAddress]], dict[FrameAddress, Future[bytes]], dict[FrameAddress, bytes]]:
-        """(the runs that the caller must fetch now, a future for each that is not in the cache, those that are)."""
+        self, prefix: str, addresses: Iterable[FrameAddress], ahead: bool = False
+    ) -> tuple[list[_Run], dict[FrameAddress, _Run], dict[FrameAddress, bytes]]:
+        """(the runs that the caller must fetch now, the run of each that is not in the cache, those that are). With
+        `ahead` they go into the queue; else they are needed now, so what waits there is the caller's as well."""
         claimed, waiting, found = [], {}, {}
         with self._lock:
             for address in addresses:
                 key = (prefix, address.ref, address.pos)
                 if (hit := self._frames.get(key)) is not None:
                     found[address] = hit
-                    continue
-                if key not in self._inflight:
-                    self._inflight[key] = Future()
+                elif (run := self._inflight.get(key)) is not None:
+                    waiting[address] = run
+                else:
                     claimed.append(address)
-                waiting[address] = self._inflight[key]
-        return _runs(claimed), waiting, found
+            runs = [] if ahead else [run for run in dict.fromkeys(waiting.values()) if run in self._queue]
+            for run in runs:
+                del self._queue[run]
+            for group in _runs(claimed):
+                run = _Run(prefix, group)
+                waiting.update(dict.fromkeys(group, run))
+                self._inflight.update(((prefix, address.ref, address.pos), run) for address in group)
+                if ahead:
+                    self._queue[run] = None
+                else:
+                    runs.append(run)
+        return runs, waiting, found
 
-    def _fetch_run(self, prefix: str, run: Sequence[FrameAddress]) -> None:
-        """One GET for frames of one object; resolves the future of each, whatever happens."""
-        start, key, etag = run[0].pos, run[0].ref.key(prefix), run[0].ref.etag
+    def _work(self) -> None:
+        """Fetch what waits in the queue."""
+        try:
+            while True:
+                with self._lock:
+                    if (run := next(iter(self._queue), None)) is None:
+                        return
+                    del self._queue[run]
+                began_s = self._runtime.monotonic()
+                self._fetch_run(run)
+                if self._runtime.monotonic() - began_s > SLOW_S:
+                    self._give_up()
+        finally:
+            with self._lock:
+                self._workers = max(0, self._workers - 1)
+
+    def _give_up(self) -> None:
+        with self._lock:
+            queue, self._queue = self._queue, {}
+            for run in queue:
+                for address in run.addresses:
+                    del self._inflight[run.prefix, address.ref, address.pos]
+
+    def _fetch_run(self, run: _Run) -> None:
+        """One GET; resolves the run, whatever happens."""
+        first, last = run.addresses[0], run.addresses[-1]
+        start, key, etag = first.pos, first.ref.key(run.prefix), first.ref.etag
         name = f"{self._store.name}/{key}"
         body: memoryview | None = None
-        failure: BaseException | None = None
         try:
-            length = run[-1].end - start
-            found = self._store.get(key, site="block", start=start, length=length, if_match=etag)
+            found = self._store.get(key, site="block", start=start, length=last.end - start, if_match=etag)
             if etag in (None, found.etag):  # not every store knows If-Match on GET
                 body = memoryview(found.body)
         except (ObjectNotFound, PreconditionFailed):
             body = None  # damage, with the bytes that it costs; or a plain object that was replaced
-        except BaseException as error:  # noqa: BLE001  handed to everybody who waits, below
-            failure = error
-        for address in run:
+        except BaseException as error:
+            self._resolve(run, error)
+            if not isinstance(error, Exception):
+                raise  # KeyboardInterrupt and the like belong to this thread too
+            return
+        results: dict[int, bytes | BaseException] = {}
+        for address in run.addresses:
             try:
                 frame = body and body[address.pos - start : address.end - start]
-                result = failure or address.decode(frame, name)
+                results[address.pos] = data = address.decode(frame, name)
+                self.put(run.prefix, address, data)
             except S3BlockFSError as error:  # damaged, or of a newer format
-                result = error
-            if isinstance(result, bytes):
-                self.put(prefix, address, result)
-            with self._lock:
-                # It is gone when a pool that raised in `submit` ran this all the same.
-                future = self._inflight.pop((prefix, address.ref, address.pos), Future())
-            if isinstance(result, bytes):
-                future.set_result(result)
+                results[address.pos] = error
+        self._resolve(run, results)
+
+    def _resolve(self, run: _Run, results: dict[int, bytes | BaseException] | BaseException) -> None:
+        """Only the first time: a pool that raised in `submit` may run it all the same."""
+        with self._lock:
+            if run.done.done():
+                return
+            for address in run.addresses:
+                self._inflight.pop((run.prefix, address.ref, address.pos), None)
+            if isinstance(results, BaseException):
+                run.done.set_exception(results)
             else:
-                future.set_exception(result)
-        if failure is not None and not isinstance(failure, Exception):
-            raise failure  # KeyboardInterrupt and the like belong to this thread too
+                run.done.set_result(results)
 
 
 def _runs(addresses: Iterable[FrameAddress]) -> list[list[FrameAddress]]:

@@ -56,7 +56,8 @@ class Names:
 
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, root: str) -> None:
         self._store, self._runtime, self._config, self._root = store, runtime, config, root
-        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s)
+        ahead_bytes = config.cache_size * 7 // 8 if config.readahead_size else 0
+        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s, ahead_bytes)
         self._lock = threading.Lock()
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
         self._head_files: WeakValueDictionary[str, AnyHead] = WeakValueDictionary()

@@ -11,8 +11,8 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -36,6 +36,7 @@ from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
 _INDEXES_KEPT = 4096  # decoded, of segments; an index names a few hundred extents
+_PLACES_KEPT = 16384  # of blocks, by each snapshot: 3 MB
 
 
 class Version(NamedTuple):
@@ -123,10 +124,11 @@ class Source:
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_log", "_source", "head", "map", "version")
+    __slots__ = ("_log", "_places", "_source", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source, self._log = source, log
+        self._places: dict[int, FrameAddress] = {}  # of blocks that were read and are one frame, with no log over it
         self.version, self.head, self.map = version, version.head, block_map
 
     @classmethod
@@ -164,19 +166,46 @@ class Snapshot:
     def read(self, offset: int, length: int) -> bytes:
         """Committed bytes; fewer at the end of the file, none past it, zeros in holes."""
         end = min(offset + length, self.head.size)
-        return self._read([(offset, end)])[0] if offset < end else b""
+        if offset >= end:
+            return b""
+        block, last = offset // self.head.block_size, (end - 1) // self.head.block_size
+        data, plan = self._read([(offset, end)], self._missed)[0]
+        is_base = plan and block == last and block not in self._log.overlay
+        if is_base and all(cut.seq <= plan[0].seq for cut in self._log.cuts):
+            if len(self._places) == _PLACES_KEPT:
+                self._places.clear()
+            self._places[block] = _addresses(plan)[0]
+        return data
+
+    def near(self, offset: int, length: int) -> bytes | None:
+        """The same if these bytes are of one block that was read before and is in memory; else None."""
+        size = self.head.block_size
+        block, low = divmod(offset, size)
+        high = low + length
+        if (place := self._places.get(block)) is None or high > size or offset + length > self.head.size:
+            return None
+        frame = self._source.cache.get(self._source.prefix, place)
+        return None if frame is None else frame[low:high]
 
     def read_blocks(self, blocks: Iterable[int]) -> list[bytes]:
         """Whole blocks by their numbers, by few requests also if they are scattered; zeros behind the file's end."""
         size = self.head.block_size
-        return self._read([(block * size, (block + 1) * size) for block in blocks])
+        return [data for data, _ in self._read([(block * size, (block + 1) * size) for block in blocks])]
 
-    def _read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def _read(
+        self, ranges: Sequence[tuple[int, int]], on_miss: Callable[[int], None] = lambda offset: None
+    ) -> list[tuple[bytes, list[Piece]]]:
         with self._source.reading(self.head):
             plans = [self._plan(low, high) for low, high in ranges]
             addresses = [address for plan in plans for address in _addresses(plan)]
-            frames = iter(self._source.cache.fetch(self._source.prefix, addresses))
-        return [_assembled(low, high, plan, frames) for (low, high), plan in zip(ranges, plans, strict=True)]
+            frames = iter(self._source.cache.fetch(self._source.prefix, addresses, on_miss))
+        return [(_assembled(low, high, plan, frames), plan) for (low, high), plan in zip(ranges, plans, strict=True)]
+
+    def _missed(self, offset: int) -> None:
+        """A reader waits for these bytes: fetch what lies around them as well where that is worth it."""
+        if ahead := self._source.cache.missed(self._source.prefix, offset, self.head.size):
+            with suppress(RuntimeError):  # no more threads
+                self._source.runtime.submit(partial(self.prefetch, *ahead))
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
@@ -190,7 +219,7 @@ class Snapshot:
 
     def _plan(self, offset: int, end: int) -> list[Piece]:
         """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""
-        size = self.head.block_size
+        size, overlay, cuts = self.head.block_size, self._log.overlay, self._log.cuts
         first, last = offset // size, -(-end // size)
         homes = {block: extent for extent in self.map.find(first, last) for block in range(extent.first, extent.end)}
         plan: list[Piece] = []
@@ -200,15 +229,18 @@ class Snapshot:
             low, high = max(offset, block * size), min(end, (block + 1) * size)
             logged = [
                 piece._replace(start=max(piece.start, low), end=min(piece.end, high))
-                for piece in self._log.overlay.get(block, ())
+                for piece in overlay.get(block, ())
                 if piece.seq > complete_to and piece.end > low and piece.start < high
             ]
             if home is not None:
                 # Cuts rise in seq and `at`, so the first one after what the block is complete to is the lowest.
-                limit = min(high, next((cut.at for cut in self._log.cuts if cut.seq > complete_to), high))
-                covered_to = [low, *(piece.end for piece in logged)]
-                covered_from = [*(min(piece.start, limit) for piece in logged), limit]
-                if any(gap < until for gap, until in zip(covered_to, covered_from, strict=True)):
+                limit = min(high, next((cut.at for cut in cuts if cut.seq > complete_to), high))
+                shows = low < limit
+                if logged:
+                    covered_to = [low, *(piece.end for piece in logged)]
+                    covered_from = [*(min(piece.start, limit) for piece in logged), limit]
+                    shows = any(gap < until for gap, until in zip(covered_to, covered_from, strict=True))
+                if shows:
                     address = slot_address(home.ref, home.slot + block - home.first, block, size)
                     plan.append(Piece(low, limit, complete_to, address, address.offset))
             plan += logged
@@ -308,9 +340,9 @@ def _head_at(head: Head, record: Commit, block_map: BlockMap) -> Head:
 def _assembled(low: int, high: int, plan: Sequence[Piece], frames: Iterator[bytes]) -> bytes:
     """The bytes low..high from the pieces of a plan, the fetched ones from `frames`; each covers what came before."""
     parts = [(piece, piece.source if isinstance(piece.source, bytes) else next(frames)) for piece in plan]
-    if len(parts) == 1 and (plan[0].start, plan[0].end) == (low, high):
-        piece, data = parts[0]
-        return data[low - piece.origin : high - piece.origin]
+    if [low, *(piece.end for piece in plan)] == [*(piece.start for piece in plan), high]:  # side by side
+        whole = parts if len(parts) == 1 else [(piece, memoryview(data)) for piece, data in parts]
+        return b"".join([data[piece.start - piece.origin : piece.end - piece.origin] for piece, data in whole])
     result = bytearray(high - low)
     for piece, data in parts:
         part = memoryview(data)[piece.start - piece.origin : piece.end - piece.origin]

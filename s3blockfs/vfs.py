@@ -148,10 +148,10 @@ def _translated(cls: type[T]) -> type[T]:
     def translate(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(self: Any, *arguments: Any) -> Any:
-            if self.pid != os.getpid() and name in ("xUnlock", "xClose"):
-                return None  # what a forked child inherited is not the child's to close
             try:
                 if self.pid != os.getpid():
+                    if name in ("xUnlock", "xClose"):
+                        return None  # what a forked child inherited is not the child's to close
                     raise errors.NotSupported("a connection cannot be used in a forked child: open a new one there")
                 result = method(self, *arguments)
             except apsw.Error:

@@ -21,6 +21,7 @@ class View:
         self._source, self._config, self.snapshot = source, config, snapshot
         self.dirty = self._new_dirty()
         self.uploads: Uploads | None = None
+        self._clean: Snapshot | None = snapshot  # what is shown, unless something may lie over it
 
     @property
     def size(self) -> int:
@@ -34,6 +35,8 @@ class View:
 
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Fewer bytes at the end of the file, none past it. Raises what reading the snapshot raises."""
+        if (clean := self._clean) is not None and (near := clean.near(offset, length)) is not None:
+            return near
         with self._mutex:
             snapshot, dirty = self.snapshot, self.dirty
             end = min(offset + length, dirty.size)
@@ -55,6 +58,7 @@ class View:
 
     def write(self, offset: int, data: bytes, publish: bool = True) -> None:
         """Remember `data`, and start to upload what is complete. Raises OSError when the spill folder is full."""
+        self._clean = None
         if not publish:
             with self._mutex:
                 return self.dirty.write(offset, data)
@@ -67,6 +71,7 @@ class View:
         return uploads.stream(self.dirty, first, end)
 
     def truncate(self, size: int, publish: bool = True) -> None:
+        self._clean = None
         with self._mutex:
             if not publish:
                 return self.dirty.truncate(size)
@@ -85,7 +90,7 @@ class View:
     def move(self, snapshot: Snapshot) -> None:
         """Show another committed state, with nothing uncommitted over it."""
         with self._mutex:
-            self.snapshot, self.uploads = snapshot, None
+            self.snapshot, self.uploads, self._clean = snapshot, None, snapshot
             self.dirty.close()
             self.dirty = self._new_dirty()
 

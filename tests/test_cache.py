@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from engine import ManualRuntime
 from memorystore import MemoryStore
 
-from s3blockfs.cache import MAX_GAP_BYTES, BlockCache
+from s3blockfs.cache import MAX_GAP_BYTES, SLOW_S, BlockCache
 from s3blockfs.errors import DamagedObject, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import (
     BASE,
@@ -98,9 +98,9 @@ class World:
         joined = threading.Semaphore(0)
         real = self.cache._claim
 
-        def claim(prefix: str, addresses: Any) -> Any:
-            result = real(prefix, addresses)
-            if result[1] and not result[0]:
+        def claim(prefix: str, addresses: Any, ahead: bool = False) -> Any:
+            result = real(prefix, addresses, ahead)
+            if not ahead and result[1] and not result[0]:
                 joined.release()
             return result
 
@@ -431,3 +431,63 @@ def test_many_threads_on_a_small_cache(world: World, threads: ThreadPoolExecutor
     world.runtime.close()
     assert all(good and bad for good, bad in counts)
     assert cache._inflight == {}
+
+
+# --- the queue of what is fetched ahead -------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3blockfs.cache.AHEAD_GETS", 2)
+
+
+@pytest.mark.usefixtures("two_at_a_time")
+def test_a_reader_does_not_wait_for_what_is_queued_before(world: World, threads: ThreadPoolExecutor) -> None:
+    """Two GETs of read-ahead are under way; a reader of what comes last fetches it himself, and only once."""
+    objects = [world.object(number) for number in range(1, 7)]
+    held, go = threading.Semaphore(0), threading.Event()
+    last = objects[-1][0].ref.key("P")
+
+    def wait(key: str) -> None:
+        if key != last:
+            held.release()
+            assert go.wait(WAIT_S)
+
+    world.store.on_get = wait
+    world.cache.prefetch("P", [slot for slots in objects for slot in slots])
+    assert all(held.acquire(timeout=WAIT_S) for _ in range(2))
+    reader = threads.submit(world.cache.fetch, "P", objects[-1][2:4])
+    assert reader.result(WAIT_S) == [content(6, 2), content(6, 3)]
+    assert len(world.store.gets) == 3
+    go.set()
+    for slots in objects:
+        assert len(world.cache.fetch("P", slots)) == 8
+    assert len(world.store.gets) == 6
+
+
+@pytest.mark.usefixtures("two_at_a_time")
+def test_a_slow_link_is_left_to_readers(world: World) -> None:
+    """What has not begun when a GET took long is not fetched ahead; whoever needs it still gets it."""
+    objects = [world.object(number) for number in range(1, 11)]
+    world.store.on_get = lambda key: world.runtime.sleep(SLOW_S + 1)
+    world.cache.prefetch("P", [slot for slots in objects for slot in slots])
+    world.runtime.close()
+    assert len(world.store.gets) <= 4
+    assert world.cache._inflight == {}
+    world.store.on_get = lambda key: None
+    world.cache._runtime = ManualRuntime()
+    for number, slots in enumerate(objects, 1):
+        assert world.cache.fetch("P", slots) == [content(number, slot) for slot in range(8)]
+    assert len(world.store.gets) == 10
+    world.cache._runtime.close()
+
+
+def test_a_damaged_frame_that_was_fetched_ahead_is_an_error_for_its_reader(world: World) -> None:
+    """Each time; the others are read."""
+    slots = world.object(1)
+    world.damage(slots[3], slots[3].pos + FRAME_BYTES)
+    world.cache.prefetch("P", slots)
+    for _ in range(2):
+        with pytest.raises(DamagedObject, match="checksum"):
+            world.cache.fetch("P", slots)
+    assert world.cache.fetch("P", slots[:3]) == [content(1, slot) for slot in range(3)]

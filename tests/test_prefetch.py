@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3blockfs.format.data import OBJECT_BYTES
-from s3blockfs.prefetch import FIRST_WINDOW_BYTES, SLACK_BYTES, Readahead
+from s3blockfs.prefetch import (
+    BYTES_A_MISS,
+    FIRST_WINDOW_BYTES,
+    LATELY_S,
+    MISSES,
+    REFILL_BYTES,
+    SLACK_BYTES,
+    Density,
+    Readahead,
+)
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -135,3 +144,86 @@ def test_a_file_that_ends_ends_it() -> None:
     assert max(found[1] for found in asked if found is not None) == size
     assert ahead.next_range(size - 100, 4096, size) is None
     assert ahead.next_range(0, 4096, 0) is None
+
+
+def test_interior_pages_do_not_end_a_scan() -> None:
+    """A table's scan reads an interior page every few hundred leaves, anywhere in the file, and goes on as before."""
+    rng = random.Random(1)
+    ahead = Readahead(LIMIT)
+    size, step = 100 * MIB, 64 * KIB
+    asked = []
+    for offset in range(0, size, step):
+        if offset % (2 * MIB) == 0:
+            asked.append(ahead.next_range(rng.randrange(size // 4096) * 4096, 4096, size))
+        asked.append(ahead.next_range(offset, step, size))
+    ranges = [found for found in asked if found is not None]
+    assert len(ranges) <= 2 * size / OBJECT_BYTES
+    assert sum(high - low for low, high in ranges) > 0.9 * size
+
+
+# --- dense random reads -----------------------------------------------------------------------------------
+
+BLOCK = 64 * KIB
+CACHE = 112 * MIB
+
+
+def total(asked: list[tuple[int, int] | None]) -> int:
+    return sum(high - low for low, high in filter(None, asked))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_rows_of_a_database_that_fits_into_the_cache_bring_all_of_it(seed: int) -> None:
+    """After few of them; nothing is asked for twice before it may have been evicted."""
+    rng = random.Random(seed)
+    density, size = Density(CACHE), 103 * MIB
+    asked = [density.missed(0.0, rng.randrange(size // BLOCK) * BLOCK, size) for _ in range(100)]
+    assert asked.index((0, size)) <= 12
+    assert asked[:MISSES] == [None] * (MISSES - 1) + asked[MISSES - 1 : MISSES]
+    assert total(asked) <= CACHE
+
+
+@pytest.mark.parametrize("size", [1 << 40, 10 << 30, 1 << 30])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hundred_rows_of_a_large_database_bring_nothing_else(seed: int, size: int) -> None:
+    rng = random.Random(seed)
+    density = Density(CACHE)
+    asked = [density.missed(n / 50, rng.randrange(size // BLOCK) * BLOCK, size) for n in range(100)]
+    assert total(asked) <= (CACHE if size < 10 << 30 else 0)
+
+
+@given(st.integers(1, 1 << 34), st.lists(st.integers(0, (1 << 34) - 1), max_size=400), st.integers(0, CACHE))
+@settings(deadline=None, max_examples=60)
+def test_what_is_asked_for_is_bounded_whatever_is_read(size: int, offsets: list[int], most: int) -> None:
+    """By the cache, by a share of the misses in the long run, and by the misses that led to it."""
+    density, misses = Density(most), 0
+    asked = []
+    for misses, offset in enumerate(offsets, 1):
+        found = density.missed(0.0, offset % size, size)
+        asked.append(found)
+        assert total(asked) <= most + misses * REFILL_BYTES
+        if found is not None:
+            low, high = found
+            assert 0 <= low <= offset % size < high <= size
+            assert sum(low <= o % size < high for o in offsets[:misses]) >= max(MISSES, (high - low) // BYTES_A_MISS)
+
+
+def test_reads_now_and_then_are_not_dense() -> None:
+    density, size = Density(CACHE), 100 * MIB
+    rng = random.Random(1)
+    pause_s = LATELY_S / (MISSES - 2)
+    assert all(density.missed(n * pause_s, rng.randrange(size), size) is None for n in range(200))
+
+
+def test_dense_reads_of_a_part_bring_that_part() -> None:
+    """Of 10 GB, those 16 MiB that are read."""
+    density, size = Density(CACHE), 10 << 30
+    rng = random.Random(1)
+    asked = [density.missed(0.0, 5 * (1 << 30) + rng.randrange(16 * MIB), size) for _ in range(40)]
+    low, high = max(filter(None, asked), key=lambda found: found[1] - found[0])
+    assert low <= 5 << 30 and high >= (5 << 30) + 16 * MIB
+    assert high - low <= 64 * MIB
+
+
+def test_density_switched_off() -> None:
+    density = Density(0)
+    assert all(density.missed(0.0, at * BLOCK, MIB) is None for at in range(16))
