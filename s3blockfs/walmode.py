@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from s3blockfs import header, wal
-from s3blockfs.database import Database
+from s3blockfs.database import LONG_BEHIND_S, Database
 from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
 from s3blockfs.lease import Stale
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
@@ -38,8 +38,9 @@ WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 INDEX_HEADERS_BYTES, INDEX_START_BYTES = 96, 136
 
 
-#: While readers that overlap keep an old state, new ones wait for so long, so often.
-HELD_BACK_S, HELD_BACK_EVERY_S = 2.0, 10.0
+#: While readers that overlap keep an old state, new ones wait for so long (SQLite takes 10 s of it for an error), then
+#: not for so long; twice as long each time that it was in vain. How often to look for a newer state for them, at most.
+HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0
 
 
 class WalDatabase(Database):
@@ -54,6 +55,8 @@ class WalDatabase(Database):
         self._pending: list[wal.Committed] = []
         self._pending_s: float | None = None
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
+        self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
+        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -131,20 +134,20 @@ class WalDatabase(Database):
     def _is_read(self, owner: Hashable) -> bool:
         if self._log() is None:
             return super()._is_read(owner)
-        return self.index_locks.test(None, Kind.WRITE, WRITE, LAST_READ) is not None or self._is_exclusive()
+        reads = self.index_locks.test(None, Kind.WRITE, FIRST_READ, LAST_READ) is not None
+        return reads or self._is_changed()
+
+    def _is_changed(self) -> bool:
+        """Whether anybody may be writing to the index."""
+        return self.index_locks.test(None, Kind.READ, WRITE, LAST_READ) is not None or self._is_exclusive()
 
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
         if self._log() is None:
             super()._refresh(max_age_s, owner)
         elif self._writing.acquire(blocking=False):  # else a commit is on its way, which may take long
             self._writing.release()
-            try:
+            with contextlib.suppress(Busy):  # those that overlap are held back otherwise, see `_hold_back`
                 super()._refresh(max_age_s, owner)
-            except Busy:
-                # SQLite takes 10 s of this for an error, so hold readers back now and then only.
-                behind_s = self._source.runtime.monotonic() - (self._behind_s or 0.0)
-                if behind_s % HELD_BACK_EVERY_S < HELD_BACK_S:
-                    raise
 
     # --- the index -------------------------------------------------------------------------------------
 
@@ -152,12 +155,18 @@ class WalDatabase(Database):
         """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery of the index,
         or for a checkpoint."""
         begins = kind is Kind.WRITE and start == end == WRITE and self.index_locks.holds(owner, FIRST_READ, LAST_READ)
-        if begins:
+        if begins and self._header is None:
             self._lease.ask(owner)
         with self._gate:
             self._require_settled()
             if kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
                 self._refresh(self._config.refresh_s, owner)  # SQLite looks at the index's header again after this
+            elif self._header is not None and start <= CHECKPOINT:  # to recover the index, which has to wait
+                self._refresh(self._config.refresh_s, owner)
+                if self._is_read(owner):
+                    raise Busy(f"{self._label}: a newer state waits for readers to finish")
+                self._header = None  # nobody reads any more, so it may go on also if no newer state can be had
+                begins = False
             if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
             if begins:  # locked already: a commit in the background must not give the lease away any more
@@ -204,11 +213,37 @@ class WalDatabase(Database):
         self._lease.granted(owner)
 
     def _spoil_index(self, size: int) -> None:
-        """SQLite will recover it. The kernel would write what it has over the zeros, and show it."""
+        """SQLite will recover it."""
+        self._header = None
         if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
-            self.forget_pages(index)
-            index.write(0, bytes(size))
-            self.forget_pages(index)
+            self._write_index(index, bytes(size))
+
+    def _write_index(self, index: SideFile, data: bytes) -> None:
+        """The kernel would write what it has over that, and show it."""
+        self.forget_pages(index)
+        index.write(0, data)
+        self.forget_pages(index)
+
+    def _hold_back(self) -> None:
+        """Readers that overlap keep an old state. Connections of one process share a read lock, so perhaps nothing is
+        seen of them: look for a newer state in their place, and if there is one, take the header from the index. Who
+        reads has a copy of it; who begins finds none, and SQLite asks for the lock to recover it for some time."""
+        with self._gate, contextlib.suppress(S3BlockFSError):
+            now, index = self._source.runtime.monotonic(), self._side_files.get(self.path + INDEX_SUFFIX)
+            if index is None or self._is_changed():
+                return  # what SQLite writes there meanwhile, the kernel would write over what is written here
+            if self._header is not None and now - self._header[1] >= HELD_BACK_S and self._is_read(None):
+                self._write_index(index, self._header[0])
+                self._header, self._hold_after_s = None, now + self._pause_s
+                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+                return
+            self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
+            if self._header is not None or self._behind_s is None or now < self._hold_after_s:
+                return
+            if self._refused or now - self._behind_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S):
+                self.forget_pages(index)
+                self._header = index.read(0, INDEX_HEADERS_BYTES), now
+                self._write_index(index, bytes(INDEX_HEADERS_BYTES))
 
     # --- the log ---------------------------------------------------------------------------------------
 
@@ -353,6 +388,7 @@ class WalDatabase(Database):
             self._ahead = self._end = self._published = self._pending_s = None
             self._pending.clear()
             self._broken = False
+            self._header = None
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by
@@ -363,6 +399,7 @@ class WalDatabase(Database):
             self._view.move(self._ahead.snapshot)
         self._forget_log()
         self._spoil_index(INDEX_START_BYTES)
+        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
         if (file := self._log()) is not None:
             size = header.page_size(self._view.read(0, header.HEADER_BYTES).ljust(18, b"\0")) or 4096
             file.truncate(0)
@@ -383,6 +420,9 @@ class WalDatabase(Database):
         if self.is_logged and not list(self.locks):
             with contextlib.suppress(RuntimeError):
                 self._source.runtime.submit(self._tidy)
+        if self._log() is not None and self._is_read(None) and now - self.checked_s >= self._config.refresh_s:
+            with contextlib.suppress(RuntimeError):
+                self._source.runtime.submit(self._hold_back)
 
     def _flush_soon(self) -> None:
         try:
