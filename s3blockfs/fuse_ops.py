@@ -62,7 +62,8 @@ class FileSystem(Operations):
         self._lock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
-        self._kernel = KernelCache(self)
+        self._kernel = KernelCache(self, config.refresh_s)
+        self.timeouts = self._kernel.timeouts
         uid, gid = config.uid, config.gid
         self._owner = {"st_uid": os.getuid() if uid is None else uid, "st_gid": os.getgid() if gid is None else gid}
         self._umask = config.umask | 0o222 * config.read_only
@@ -109,11 +110,13 @@ class FileSystem(Operations):
             return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
         is_link = database and "." not in path.rpartition("/")[2] and database.version.head.name is None
-        if database and self._kernel.is_open(database) and not database.is_gone and not is_link:
-            return self._attributes(database)
-        if (entry := self._names.lookup(path)) is None:
+        found: Database | Entry | None = database
+        if database is None or not self._kernel.is_open(database) or database.is_gone or is_link:
+            found = self._names.lookup(path)
+        if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
-        return self._attributes(entry)
+        self._kernel.looked_up(path, found.version.head.size if isinstance(found, Database) else found.size)
+        return self._attributes(found)
 
     def readlink(self, path: str) -> str:
         """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
@@ -200,7 +203,13 @@ class FileSystem(Operations):
         else:
             if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
                 self._names.changeable(path)
-            handle = self._add_database(info, self._names.open(path))
+            database = self._names.open(path)
+            try:
+                self._kernel.require_current(path, database)
+            except BaseException:
+                self._catalog.release(database)
+                raise
+            handle = self._add_database(info, database)
         try:
             if writes and isinstance(handle.file, Plain):
                 raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")

@@ -1,8 +1,15 @@
 """What the kernel remembers of a mount's databases, and when it has to forget.
 
 Handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows. Whenever that
-state changes by anything but this mount's own writes, `invalidate` drops pages and attributes. Thread rule: any thread;
-`_lock` protects moments. `inode_of` and `invalidate` wait for requests: see `fuse_binding.Mounted`."""
+state changes by anything but this mount's own writes, `invalidate` drops pages and attributes.
+
+Attributes are remembered for the refresh interval. That serves handles; a path is looked up at each step, with them.
+Between the look-up and `open` a database may move. The kernel would cut its reads at the old size, so it is sent back.
+That a name is not there is remembered for half the interval, because the catalog does so for the other half. Side files
+come to be through the kernel alone, which replaces such an entry then.
+
+Thread rule: any thread; `_lock` protects moments. `inode_of` and `invalidate` wait for requests: see
+`fuse_binding.Mounted`."""
 
 import errno
 import threading
@@ -10,10 +17,15 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
+from cachetools import LRUCache
+
 from s3blockfs.database import Database, Plain
-from s3blockfs.fuse_binding import FileInfo, Operations
+from s3blockfs.fuse_binding import FileInfo, LookAgain, Operations
 from s3blockfs.sidefiles import SideFile
 from s3blockfs.walmode import WalDatabase
+
+SIZES_KEPT = 1024  # between look-ups and opens; one that was forgotten is looked up once more
+SHORT_S = 0.5  # with such an interval `open` could find another size time and again: the kernel looks again only once
 
 
 @dataclass(slots=True)
@@ -32,14 +44,29 @@ class Shown:
 class KernelCache:
     """That of one mount."""
 
-    def __init__(self, face: Operations) -> None:
+    def __init__(self, face: Operations, refresh_s: float) -> None:
         self._face = face
+        self._attributes_s = refresh_s if refresh_s >= SHORT_S else 0
+        self.timeouts = {"negative_timeout": str(refresh_s / 2), "attr_timeout": str(self._attributes_s)}
+        self._sizes: LRUCache[str, int] = LRUCache(SIZES_KEPT)
         self._lock = threading.Lock()
         self._shown: WeakKeyDictionary[Database, Shown] = WeakKeyDictionary()
 
     def is_open(self, database: Database) -> bool:
         shown = self._shown.get(database)
         return shown is not None and shown.handles > 0
+
+    def looked_up(self, path: str, size: int) -> None:
+        """The kernel is told this size, uncommitted bytes apart."""
+        with self._lock:
+            self._sizes[path] = size
+
+    def require_current(self, path: str, database: Database) -> None:
+        """Before a handle is made. Raises LookAgain if the kernel was told another size, and not yet to forget it."""
+        with self._lock:
+            shown, told = self._shown.get(database), self._sizes.get(path)
+        if self._attributes_s and (shown is None or shown.inode is None) and told != database.version.head.size:
+            raise LookAgain(path)
 
     def opened(self, database: Database, info: FileInfo) -> Shown:
         """One more handle: fills in what the kernel may keep."""
