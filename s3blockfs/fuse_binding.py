@@ -40,7 +40,7 @@ DEFAULT_OPTIONS: Mapping[str, str | int | bool] = {
     "big_writes": True,  # writes of up to 128 KiB a request instead of one page
     "default_permissions": True,  # the kernel checks modes, so `access` is never called
     "atomic_o_trunc": True,  # O_TRUNC arrives in open's flags, not as a truncate before it
-    "attr_timeout": 0,  # 1 s by default, but another machine may change attributes
+    "attr_timeout": 0,  # 1 s by default, but another machine may change attributes; see `kernelcache.py`
     "entry_timeout": 0,  # and names
     "writeback_cache": False,  # a journal's unlink would arrive before the pages it commits
     "nothreads": False,  # one slow request to S3 would stop every other
@@ -64,6 +64,13 @@ class Flock(ctypes.Structure):
     l_start: int
     l_len: int
     l_pid: int  # the caller's process; 0 when unlocking
+
+
+class LookAgain(OSError):
+    """Raised by `open`: what the kernel was told of this name is old. It looks the name up anew, and opens it then."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 class FileInfo(Protocol):
@@ -223,7 +230,7 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
             failure: BaseException = error
             if error.errno and error.errno in errno.errorcode:  # not None; and 512.. would get no answer
                 code = error.errno
-            is_usual = isinstance(error, Immutable) and name == "open"
+            is_usual = isinstance(error, Immutable | LookAgain) and name == "open"
             level = logging.ERROR if code in _TO_BE_EXPLAINED and not is_usual else logging.DEBUG
             log.log(level, "%s: %s: %s", name, type(error).__name__, error)
         except BaseException as error:

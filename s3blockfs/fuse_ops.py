@@ -1,10 +1,7 @@
 """The FUSE face: translates file-system calls into calls of catalog.py, database.py and sidefiles.py. Decides nothing.
 
 Threads: libfuse calls from many at once; `_lock` protects the table of handles for moments. The kernel holds the
-directory locked during create and unlink, so those never look at the mounted path; calls with a handle may.
-
-Kernel cache: handles keep the kernel's pages (`keep_cache`) when those are known to be of the state the database shows.
-Whenever that state changes by anything but this mount's own writes, `_invalidate` drops them."""
+directory locked during create and unlink, so those never look at the mounted path; calls with a handle may."""
 
 import errno
 import logging
@@ -14,11 +11,9 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
-from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from weakref import WeakKeyDictionary
 
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
@@ -26,6 +21,7 @@ from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, Immutable, S3BlockFSError
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
+from s3blockfs.kernelcache import KernelCache
 from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.names import Entry
 from s3blockfs.past import MountedNames
@@ -37,19 +33,6 @@ from s3blockfs.walmode import WalDatabase
 log = logging.getLogger(__name__)
 
 QUIESCE_S = 5.0  # how long a daemon that was asked to end waits for write transactions of applications
-
-
-@dataclass(slots=True)
-class _Shown:
-    """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are.
-    `stale`: they have to go and could not be dropped, because the inode number was not known. `moved`: it was renamed,
-    and the kernel gave its inode and pages to another database, so what has this one open must not fill them."""
-
-    handles: int = 0
-    inode: int | None = None
-    pages_of: bytes | None = None
-    stale: bool = False
-    moved: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +62,8 @@ class FileSystem(Operations):
         self._lock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
-        self._shown: WeakKeyDictionary[Database, _Shown] = WeakKeyDictionary()
+        self._kernel = KernelCache(self, config.refresh_s)
+        self.timeouts = self._kernel.timeouts
         uid, gid = config.uid, config.gid
         self._owner = {"st_uid": os.getuid() if uid is None else uid, "st_gid": os.getgid() if gid is None else gid}
         self._umask = config.umask | 0o222 * config.read_only
@@ -125,13 +109,14 @@ class FileSystem(Operations):
         if is_side_file(path):
             return self._attributes(self._side(path))
         database = self._catalog.opened_at(path[1:])
-        shown = database and self._shown.get(database)
         is_link = database and "." not in path.rpartition("/")[2] and database.version.head.name is None
-        if database and shown and shown.handles and not database.is_gone and not is_link:
-            return self._attributes(database)
-        if (entry := self._names.lookup(path)) is None:
+        found: Database | Entry | None = database
+        if database is None or not self._kernel.is_open(database) or database.is_gone or is_link:
+            found = self._names.lookup(path)
+        if found is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
-        return self._attributes(entry)
+        self._kernel.looked_up(path, found.version.head.size if isinstance(found, Database) else found.size)
+        return self._attributes(found)
 
     def readlink(self, path: str) -> str:
         """`acme` is a link to `acme.sqlite`: two names of one inode, so that SQLite and the kernel see one file."""
@@ -158,9 +143,7 @@ class FileSystem(Operations):
         from_path, to_path = self._names.changeable(old), self._names.changeable(new)
         if is_side_file(old) or is_side_file(new):
             raise OSError(errno.EXDEV, f"{old}: journals stay on this machine, where they are; mv copies instead")
-        replaced = self._catalog.opened_at(to_path)
-        with self._lock:
-            shown = [pair for pair in self._shown.items() if not pair[0].is_gone and pair[0] is not replaced]
+        shown = self._kernel.before_rename(self._catalog.opened_at(to_path))
         self._catalog.rename(from_path, to_path)
         for database, state in shown:
             state.moved = database.is_gone
@@ -206,7 +189,7 @@ class FileSystem(Operations):
             return
         if path.endswith((LOG_SUFFIX, INDEX_SUFFIX)):
             database = self._in_wal_mode(path[1:], LOG_SUFFIX, INDEX_SUFFIX)
-            if database is None or not self._shown[database].handles:
+            if database is None or not self._kernel.is_open(database):
                 raise OSError(errno.EPERM, f"{path}: is no file of a database that is open for writing")
         else:
             self._catalog.require_writable()
@@ -220,7 +203,13 @@ class FileSystem(Operations):
         else:
             if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
                 self._names.changeable(path)
-            handle = self._add_database(info, self._names.open(path))
+            database = self._names.open(path)
+            try:
+                self._kernel.require_current(path, database)
+            except BaseException:
+                self._catalog.release(database)
+                raise
+            handle = self._add_database(info, database)
         try:
             if writes and isinstance(handle.file, Plain):
                 raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
@@ -272,7 +261,7 @@ class FileSystem(Operations):
     def fsync(self, path: str | None, datasync: int, info: FileInfo) -> None:
         handle = self._handles[info.fh]
         if isinstance(database := handle.file, Database):
-            self._inode_of(database)
+            self._kernel.inode_of(database)
             self._durably(handle, database, lambda: database.sync(context_pid(), self._commits))
         elif (logged := self._log_of(database)) is not None:
             logged.log_sync(context_pid())
@@ -286,7 +275,7 @@ class FileSystem(Operations):
             if database.linked and (indexed := self._in_wal_mode(database.path, INDEX_SUFFIX)):
                 indexed.index_closes(info.lock_owner)
             return
-        self._inode_of(database)
+        self._kernel.inode_of(database)
         if database.owner_closes(info.lock_owner):
             with self._lock:
                 for other in self._handles.values():
@@ -304,13 +293,7 @@ class FileSystem(Operations):
             database = self._handles.pop(info.fh).file
             if isinstance(database, SideFile):
                 return
-            shown = self._shown[database]
-            shown.handles -= 1
-            if shown.handles == 0:
-                known = shown.inode is not None and not (shown.stale or database.is_dirty or database.is_logged)
-                shown.pages_of = database.version.head.commit if known else None
-                shown.inode = None  # the kernel may forget it now, and give the number away
-                shown.stale = False
+        self._kernel.closed(database)
         self._catalog.release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
@@ -326,7 +309,7 @@ class FileSystem(Operations):
             if indexed is None:  # SQLite never locks a journal
                 raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
             database = indexed
-        self._inode_of(database)
+        self._kernel.inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
             return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
         self._require_not_moved(database)
@@ -384,7 +367,7 @@ class FileSystem(Operations):
             raise OSError(errno.EIO, f"{handle.file.path}: {text}")
 
     def _require_not_moved(self, database: Database) -> None:
-        if self._shown[database].moved:
+        if self._kernel.has_moved(database):
             raise OSError(errno.ESTALE, f"{database.path}: was renamed; open it under its new name")
 
     def _before_finalising(self, side: SideFile) -> None:
@@ -430,17 +413,7 @@ class FileSystem(Operations):
         return path[1:] if database is None else f"{database.path}-{kind}"
 
     def _add_database(self, info: FileInfo, database: Database) -> _Handle:
-        with self._lock:
-            shown = self._shown.setdefault(database, _Shown())
-            shown.handles += 1
-            # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
-            current = shown.inode is not None or shown.pages_of == database.version.head.commit
-            info.keep_cache = int(current and not shown.stale)
-            # An inode has one page cache, for whichever versions of an object were opened under its name.
-            info.direct_io = int(isinstance(database, Plain))
-            database.on_moved = partial(self._invalidate, database)
-            if isinstance(database, WalDatabase):
-                database.forget_pages = self._forget_pages
+        self._kernel.opened(database, info)
         return self._add_handle(info, database)
 
     def _add_handle(self, info: FileInfo, file: Database | SideFile) -> _Handle:
@@ -449,44 +422,6 @@ class FileSystem(Operations):
             info.fh = next(self._numbers)
             self._handles[info.fh] = handle
         return handle
-
-    def _inode_of(self, database: Database) -> None:
-        """Learn the inode number while a handle keeps it alive: the kernel's own number is what stat shows."""
-        shown = self._shown[database]
-        if shown.inode is not None or database.is_gone:
-            return
-        try:
-            inode = self.mounted.inode(f"/{database.path}")
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTCONN):  # unlinked, or the mount is ending: nothing to invalidate
-                return
-            raise
-        with self._lock:
-            shown.inode = inode
-            stale, shown.stale = shown.stale, False
-        if stale:  # also when the last open dropped the pages: its answer may still be on its way
-            self._invalidate(database)
-
-    def _invalidate(self, database: Database) -> None:
-        """Drop the kernel's pages and attributes of a database."""
-        shown = self._shown[database]
-        with self._lock:
-            inode = shown.inode
-            shown.stale = inode is None
-        if inode is not None:
-            try:
-                self.mounted.invalidate_inode(inode)
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:
-                    raise
-
-    def _forget_pages(self, side: SideFile) -> None:
-        """The kernel writes back what it has of a `-wal` or `-shm`, and forgets it."""
-        try:
-            self.mounted.invalidate_inode(self.mounted.inode(side.shown_as))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTCONN):
-                raise
 
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
         past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_fixed)

@@ -229,7 +229,7 @@ class Names:
         with self._lock:
             known = self._heads.get(prefix)
         heads, before = self._head_file(prefix), known[0] if known else None
-        if known is not None and (now - known[1] < self._config.refresh_s or (before and heads.cut_off_s is not None)):
+        if known is not None and (now - known[1] < self._trusted_s(before) or (before and heads.cut_off_s is not None)):
             seen = [version for version in (before, heads.latest) if version is not None]
             return max(seen, key=lambda version: version.head.rev, default=None)
         try:
@@ -241,12 +241,17 @@ class Names:
         self._remember(prefix, version, now)
         return version
 
+    def _trusted_s(self, found: Version | Listed | None) -> float:
+        """How long it counts. That a name is free only half as long: the kernel remembers that for the other half."""
+        is_free = found is None or (isinstance(found, Version) and found.head.deleted)
+        return self._config.refresh_s / 2 if is_free else self._config.refresh_s
+
     def _object(self, prefix: str, look: bool = True) -> Listed | None:
         """The plain object with this key, at most as old as the refresh interval; unless `look`, if that is known."""
         now = self._runtime.monotonic()
         with self._lock:
             known, looked_s = self._objects.get(prefix, (None, float("-inf")))
-        if now - looked_s < self._config.refresh_s:
+        if now - looked_s < self._trusted_s(known):
             return known
         if not look:
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +28,14 @@ from typing import Any
 
 #: Everything a test waits for; the machine may be busy.
 PATIENCE_S = 60.0
+
+#: `s3blockfs` with libfuse's own log of what the kernel asks.
+TRACED = """
+from s3blockfs import fuse_binding
+fuse_binding.DEFAULT_OPTIONS = {**fuse_binding.DEFAULT_OPTIONS, "debug": True}
+from s3blockfs.cli.main import entry
+entry()
+"""
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,10 @@ class Mount:
     def log(self) -> str:
         return self._log.read_text()
 
+    def kernel_requests(self) -> Counter[str]:
+        """What the kernel asked the daemon so far, by opcode; of a `traced` one."""
+        return Counter(re.findall(r"^unique: \d+, opcode: (\w+)", self.log, re.MULTILINE))
+
     def kill(self) -> None:
         """SIGKILL; the dead mount stays."""
         self.process.kill()
@@ -166,8 +180,11 @@ Shared = tuple[Place, Folder, Folder]
 
 
 @contextlib.contextmanager
-def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root: Path | None = None) -> Iterator[Mount]:
-    """`s3blockfs mount -f` with its own directories below `folder` (or those of an earlier mount in `root`).
+def mounted(
+    place: Place, folder: Path, *options: str, refresh: str = "0", root: Path | None = None, traced: bool = False
+) -> Iterator[Mount]:
+    """`s3blockfs mount -f` with its own directories below `folder` (or those of an earlier mount in `root`). `traced`:
+    libfuse logs every request of the kernel, for `Mount.kernel_requests`.
 
     Yields a Mount that answers. At the end it is unmounted, and no process, mount or temporary file may be left.
     """
@@ -175,7 +192,8 @@ def mounted(place: Place, folder: Path, *options: str, refresh: str = "0", root:
         root = Path(tempfile.mkdtemp(dir=folder, prefix="mount-"))
         for name in ("mnt", "spill", "tmp"):
             (root / name).mkdir()
-    line = [sys.executable, "-m", "s3blockfs", "mount", "-f", place.target, str(root / "mnt")]
+    program = ["-c", TRACED] if traced else ["-m", "s3blockfs"]
+    line = [sys.executable, *program, "mount", "-f", place.target, str(root / "mnt")]
     line += ["--endpoint-url", place.url, "--spill-dir", str(root / "spill"), "--refresh", refresh, *options]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind("")  # an abstract address of the kernel's choice

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,6 +14,7 @@ import pytest
 from engine import CONFIG, Call, Delayed, InlineRuntime, ManualRuntime, Process, World, shrink_limits, sqlite_page
 
 from s3blockfs import catalog as catalog_module
+from s3blockfs.config import Config
 from s3blockfs.errors import CommitLost, NewerFormat, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_SIZE, Kind, Level
 from s3blockfs.state import RECOVER_EVERY_S
@@ -381,10 +383,10 @@ class _Kernel:
         self.invalidated.append(inode)
 
 
-def face(machine: Catalog) -> tuple[Any, _Kernel]:
+def face(machine: Catalog, config: Config = CONFIG) -> tuple[Any, _Kernel]:
     from s3blockfs.fuse_ops import FileSystem  # needs libfuse
 
-    system = FileSystem(machine, CONFIG, ManualRuntime(), "/nowhere", lambda: None)
+    system = FileSystem(machine, config, ManualRuntime(), "/nowhere", lambda: None)
     system.mounted = kernel = _Kernel()  # type: ignore[assignment]
     return system, kernel
 
@@ -420,6 +422,25 @@ def test_a_move_before_the_first_lock_drops_pages_at_that_lock(world: World) -> 
     system.open("/a.db", handle(owner=2))  # finds the newer head; its answer is still on its way
     system.lock(None, first, F_SETLK, wish(F_RDLCK, SHARED_FIRST, SHARED_SIZE))
     assert kernel.invalidated == [7]
+
+
+def test_what_moved_since_it_was_looked_up_is_looked_up_again(world: World) -> None:
+    """I4: the kernel remembers the size of the look-up, at which it would cut reads through the new handle. While it is
+    told to forget, by a handle that it uses, it need not."""
+    put(world.machine(), pages(1, 1))
+    system, kernel = face(world.machine(), replace(CONFIG, refresh_s=1.0))
+    assert system.getattr("/a.db", None)["st_size"] == 3 * PAGE
+    put(world.machine(), pages(2, 2, count=5))
+    with pytest.raises(OSError) as error:  # the engine of these tests looks every time
+        system.open("/a.db", handle())
+    assert error.value.errno == errno.ESTALE
+    assert system.getattr("/a.db", None)["st_size"] == 5 * PAGE
+    system.open("/a.db", first := handle())
+    system.lock(None, first, F_SETLK, wish(F_RDLCK, SHARED_FIRST, SHARED_SIZE))
+    system.lock(None, first, F_SETLK, wish(F_UNLCK, 0, 0))
+    put(world.machine(), pages(3, 3, count=6))
+    system.open("/a.db", handle())
+    assert kernel.invalidated[-1:] == [7]
 
 
 def test_an_open_that_fails_drops_no_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
