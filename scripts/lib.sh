@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by scripts/test and scripts/quickstart; sourced by bash with the checkout as working directory.
+# Shared by the other scripts; sourced by bash with the checkout as working directory.
 
 PATH=$PATH:/usr/sbin:/sbin # ldconfig, where it is not in a user's PATH
 
@@ -65,4 +65,41 @@ make_venv() {
         (printf "%s\n" "$@" && cat pyproject.toml) >"$venv/installed"
     fi
     PATH=$(realpath "$venv")/bin:$PATH
+}
+
+# make_mptester FOLDER: SQLite's own test of several processes, and its scripts, from the distribution's source package,
+# for the library that is installed. The machine's own package lists stay as they are.
+make_mptester() {
+    local folder work list missing=() version options
+    mkdir -p "$1"
+    folder=$(realpath "$1")
+    command -v apt-get >/dev/null || return 0
+    command -v gcc >/dev/null || missing+=(gcc libc6-dev)
+    command -v xz >/dev/null || missing+=(xz-utils)
+    [[ -e /usr/include/sqlite3.h ]] || missing+=(libsqlite3-dev)
+    install_packages "${missing[@]}"
+    version=$(dpkg-query -W -f '${Version}' libsqlite3-0)
+    if [[ $(cat "$folder/version" 2>/dev/null) == "$version" ]]; then return; fi
+    work=$(mktemp -d)
+    mkdir -p "$work"/{parts,lists/partial,cache/archives/partial}
+    for list in /etc/apt/sources.list.d/{debian,ubuntu}.sources; do
+        if [[ -e $list ]]; then sed 's/^Types:.*/Types: deb-src/' "$list" >"$work/parts/${list##*/}"; fi
+    done
+    if [[ -e /etc/apt/sources.list ]]; then
+        sed -n 's/^deb /deb-src /p' /etc/apt/sources.list >"$work/parts/here.list"
+    fi
+    options=(-qq -o Dir::Etc::sourcelist=- -o Dir::Etc::sourceparts="$work/parts" -o Dir::State::lists="$work/lists"
+        -o Dir::Cache="$work/cache" -o APT::Sandbox::User=)
+    if ! (
+        cd "$work" &&
+            apt-get "${options[@]}" update &&
+            apt-get "${options[@]}" source --download-only sqlite3 &&
+            tar -xf sqlite3_*.orig.tar.?z --strip-components=2 --wildcards '*/mptest/*' &&
+            gcc -O1 -o mptester mptest.c -lsqlite3 &&
+            mv mptester ./*test "$folder/" &&
+            printf '%s' "$version" >"$folder/version"
+    ) >&2; then
+        printf 'cannot build mptester: its tests are skipped\n' >&2
+    fi
+    rm -r "$work"
 }

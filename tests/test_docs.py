@@ -149,7 +149,7 @@ def test_every_client_that_is_run_is_in_the_table() -> None:
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
     assert all(len(cells) == 4 and re.search(r"\d\.\d", cells[1]) for cells in lines), "a client without a version"
     tests = [name for *_, names in lines for name in re.findall(r"`(\w+)`", names)]
-    files = [*ROOT.glob("tests/test_clients_*.py"), ROOT / "tests/test_recipes.py"]
+    files = [*ROOT.glob("tests/test_clients_*.py"), ROOT / "tests/test_mptester.py", ROOT / "tests/test_recipes.py"]
     there = [name for file in files for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
     recipes = set(re.findall(r"^def test_(\w+)\(", files[-1].read_text(), re.MULTILINE)) - set(tests)
     assert sorted(tests) == sorted(set(there) - recipes)
