@@ -1,0 +1,93 @@
+"""What each workload is to reach (the owner's figures), and which other line a time is a ratio to."""
+
+from __future__ import annotations
+
+from bench.table import Target, against, most
+
+MOUNT, PROCESS, EXCLUSIVE = "s3blockfs mount", "s3blockfs in process", "s3blockfs mount --exclusive"
+FLOORS = {
+    "W1": "boto3 alone",
+    "W2": "whole file",
+    "W3": "local file",
+    "W4": "boto3 alone",
+    "W5": "local file",
+    "W6": "whole file",
+    "W7": "boto3 alone",
+    "W8": "whole file",
+    "W9": "whole file",
+    "W10": "whole file",
+    "W11": "boto3 alone",
+}
+
+
+def floor_of(workload: str, who: str) -> str:
+    """The line whose time is 1 for this one: the same way of doing it (after the comma), by the floor."""
+    floor = FLOORS.get(workload, "")
+    _, comma, way = who.partition(", ")
+    if workload == "W1" and way:
+        return "boto3 alone, import boto3, apsw"
+    return floor + comma + way
+
+
+def _requests() -> list[Target]:
+    found = []
+    for who in (MOUNT, PROCESS):
+        found += [
+            most("W1", who, "requests", 5, "≤ 5 requests"),
+            most("W1", who, "trips", 4, "≤ 4 round trips"),
+            most("W1", who, "down", 1, "≤ 1 MB", "{:.2f} MB"),
+            most("W2", who, "gets", 100, "≤ 100 GETs"),
+            most("W2", who, "down", 105, "≤ 105 MB", "{:.1f} MB"),
+            against("W2", who, "whole file", 1, "faster than the whole file"),
+            against("W2", who, "rclone mount", 1, "faster than rclone"),
+            most("W4", who, "gets", 40, "≤ 40 GETs"),
+            most("W4", who, "down", 105, "≤ 105 MB", "{:.1f} MB"),
+            against("W4", who, "boto3 alone", 1.5, "≤ 1.5x boto3"),
+            most("W5", who, "requests", 0, "0 requests"),
+            most("W6", who, "puts", 35, "≤ 35 PUTs"),
+            most("W6", who, "first upload", 0.5, "uploads overlap the inserts", "begins after {:.0%} of them"),
+            most("W7", who, "puts", 206, "≤ 206 PUTs"),
+            most("W7", who, "gets", 0, "0 GETs"),
+            against("W7", who, "boto3 alone", 1.2, "≤ 1.2x 200 PUTs"),
+            most("W8", who, "puts", 8, "≤ 8 PUTs"),
+            most("W8", who, "gets", 120, "≤ 120 GETs"),
+            most("W9", who, "puts", 35, "≤ 35 PUTs"),
+            most("W9", who, "gets", 40, "≤ 40 GETs"),
+            most("W10", who, "gets", 60, "≤ 60 GETs"),
+            against("W10", who, "rclone mount", 1, "faster than rclone"),
+        ]
+        for way in ("one transaction", "autocommit"):
+            found.append(most("W3", f"{who}, {way}", "requests", 0, "0 requests"))
+    return found
+
+
+TARGETS = [
+    *_requests(),
+    most("W1", f"{MOUNT}, until it is ready", "seconds", 1, "≤ 1 s", "{:.2f} s"),
+    against("W3", f"{MOUNT}, one transaction", "local file, one transaction", 1.3, "≤ 1.3x local"),
+    against("W3", f"{MOUNT}, autocommit", "local file, autocommit", 4, "≤ 4x local"),
+    against("W3", f"{EXCLUSIVE}, one transaction", "local file, one transaction", 1.3, "≤ 1.3x local"),
+    against("W3", f"{EXCLUSIVE}, autocommit", "local file, autocommit", 1.3, "≤ 1.3x local"),
+    against("W3", f"{PROCESS}, one transaction", "local file, one transaction", 2, "≤ 2x local"),
+    against("W3", f"{PROCESS}, autocommit", "local file, autocommit", 2, "≤ 2x local"),
+    against("W5", MOUNT, "local file", 1.3, "≤ 1.3x local"),
+    against("W5", PROCESS, "local file", 3, "≤ 3x local"),
+    against("W6", MOUNT, "whole file", 3, "≤ 3x local + upload"),
+    against("W6", PROCESS, "whole file", 1.5, "≤ 1.5x local + upload"),
+    Target(
+        "W1",
+        f"{PROCESS}, import",
+        "≤ 50 ms above boto3, apsw",
+        lambda line, lines: (
+            1000 * (line.seconds - lines.of("W1", "boto3 alone, import boto3, apsw").seconds)
+            if lines.has("W1", "boto3 alone, import boto3, apsw")
+            else None
+        ),
+        lambda found: found <= 50,
+        "{:.0f} ms",
+    ),
+    most("W11", f"{PROCESS}, import", "puts", 30, "≤ 30 PUTs"),
+    most("W11", f"{PROCESS}, export", "gets", 30, "≤ 30 GETs"),
+    against("W11", f"{PROCESS}, import", "boto3 alone, import", 1.25, "≥ 80 % of boto3"),
+    against("W11", f"{PROCESS}, export", "boto3 alone, export", 1.25, "≥ 80 % of boto3"),
+]
