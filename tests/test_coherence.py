@@ -118,7 +118,7 @@ def test_overlapping_threads(pair: Pair, seconds: float, capsys: pytest.CaptureF
     states = len({n for _, n in seen})
     with capsys.disabled():
         text = f"{len(seen)} transactions saw {states} of {len(committed)} states, the oldest {max(ages):.1f} s old"
-        print(f"\n{text}; {len(took)} writes, the longest {max(took, default=0):.1f} s; {errors[:3]}")
+        print(f"\n{text}; {len(took)} writes, the longest {max(took, default=0):.1f} s; {errors[:3]}", file=sys.stderr)
     assert errors == []
     assert max(ages) < REFRESH_S + 7
     assert took and max(took) < 30

@@ -41,7 +41,7 @@ def ranges(proxy: FaultProxy) -> list[tuple[int, int]]:
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
-        print(f"\n{text}")
+        print(f"\n{text}", file=sys.stderr)
 
 
 # --- archives ----------------------------------------------------------------------------------------------

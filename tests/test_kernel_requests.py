@@ -4,6 +4,7 @@ docs/ARCHITECTURE.md says it; and what the kernel remembers never hides what is 
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def test_what_a_statement_costs(
         for name, each in statements(client):
             kernel, s3, asked = cost(mount, proxy, client, *each)
             with capsys.disabled():
-                print(f"\n{mode}: {name}: {kernel} requests of the kernel, {s3} to S3; {dict(asked)}")
+                print(f"\n{mode}: {name}: {kernel} requests of the kernel, {s3} to S3; {dict(asked)}", file=sys.stderr)
             assert kernel == pytest.approx(table[mode, name][0], rel=0.1, abs=0.2)
             assert s3 == table[mode, name][1]
             if name != "one-row INSERT":

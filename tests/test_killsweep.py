@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_a_sample(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
     result = run(place, tmp_path, tasks(seed=seed), seed, POINTS, jobs=3, report=said.append)
     count, spent = sum(result.points.values()), time.monotonic() - began
     with capsys.disabled():
-        print(f"\n{count} of {POINTS} kill points in {spent:.0f} s; all: scripts/killsweep --seed {seed}")
+        print(
+            f"\n{count} of {POINTS} kill points in {spent:.0f} s; all: scripts/killsweep --seed {seed}", file=sys.stderr
+        )
     assert not result.failures, "\n".join([f"seed {seed}", *said])
     assert count > POINTS / 2
 

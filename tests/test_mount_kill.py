@@ -116,4 +116,7 @@ def test_nothing_acknowledged_is_lost(
     assert latest > 2 * rounds
     with capsys.disabled():
         spent = time.monotonic() - began
-        print(f"\n{rounds} kills in {spent:.0f} s, seed {seed}: {latest} commits, {kept} of them not acknowledged")
+        print(
+            f"\n{rounds} kills in {spent:.0f} s, seed {seed}: {latest} commits, {kept} of them not acknowledged",
+            file=sys.stderr,
+        )

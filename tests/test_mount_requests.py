@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def puts(proxy: FaultProxy) -> int:
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
-        print(f"\n{text}")
+        print(f"\n{text}", file=sys.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def small(folder: Path, value: int, extra: int = 0) -> bytes:
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
-        print(f"\n{text}")
+        print(f"\n{text}", file=sys.stderr)
 
 
 @pytest.mark.mount

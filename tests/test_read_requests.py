@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,10 @@ def test_one_row_by_key(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[st
     ask, wire = cold
     assert ask("SELECT length(data) FROM t WHERE id = 4711") == [(1000,)]
     with capsys.disabled():
-        print(f"\none row: {gets(wire)} requests, {wire.rounds} one after the other, {wire.received / MB:.2f} MB")
+        print(
+            f"\none row: {gets(wire)} requests, {wire.rounds} one after the other, {wire.received / MB:.2f} MB",
+            file=sys.stderr,
+        )
     assert gets(wire) <= 5
     assert wire.received <= MB
 
@@ -126,7 +130,7 @@ def test_a_hundred_random_rows(cold: tuple[Ask, Wire], capsys: pytest.CaptureFix
     for row in random.Random(seed).sample(range(1, ROWS + 1), 100):
         assert ask(f"SELECT id, length(data) FROM t WHERE id = {row}") == [(row, 1000)]
     with capsys.disabled():
-        print(f"\n100 rows: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB")
+        print(f"\n100 rows: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
     assert gets(wire) <= 60
     assert wire.received <= 105 * MB
     assert not twice(wire)
@@ -138,7 +142,7 @@ def test_a_range_of_an_index(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixtu
     question = "SELECT count(*), sum(length(data)) FROM t INDEXED BY i WHERE k BETWEEN 5000 AND 5999"
     assert ask(question) == [(1000, 1_000_000)]
     with capsys.disabled():
-        print(f"\nindex: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB")
+        print(f"\nindex: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
     assert gets(wire) <= 60
     assert wire.received <= 105 * MB
     assert not twice(wire)
@@ -149,7 +153,7 @@ def test_a_full_scan(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[str])
     ask, wire = cold
     assert ask("SELECT count(*), sum(length(data)) FROM t NOT INDEXED") == [(ROWS, ROWS * 1000)]
     with capsys.disabled():
-        print(f"\nscan: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB")
+        print(f"\nscan: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
     assert gets(wire) <= 40
     assert wire.received <= 105 * MB
     assert not twice(wire)

@@ -31,7 +31,7 @@ FLEET, SETTINGS, MODELS, VIEWS, HANDLER = re.findall(r"^```python\n(.*?)^```", D
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
-        print(f"\n{text}")
+        print(f"\n{text}", file=sys.stderr)
 
 
 # --- a fleet -------------------------------------------------------------------------------------------------

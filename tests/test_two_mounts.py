@@ -49,7 +49,7 @@ def name() -> str:
 
 def say(capsys: pytest.CaptureFixture[str], text: str) -> None:
     with capsys.disabled():
-        print(f"\n{text}")
+        print(f"\n{text}", file=sys.stderr)
 
 
 def eventually(ask: Callable[[], Any], expected: Any) -> None:

@@ -351,7 +351,7 @@ def test_many_processes(
     here, there = pair.here / name, pair.elsewhere / name
     said = soak([here, here, here] if where == "one machine" else [here, there, here, there], 8, synchronous, seed)
     with capsys.disabled():
-        print(f"\n{where}, {synchronous}, seed {seed}: [commits, retries] {said}")
+        print(f"\n{where}, {synchronous}, seed {seed}: [commits, retries] {said}", file=sys.stderr)
     assert all(commits for commits, _ in said)
     expected = "\n".join(f"{writer}|{commits}" for writer, (commits, _) in enumerate(said))
     assert same_everywhere(pair, name, "SELECT * FROM latest ORDER BY writer") == expected

@@ -374,7 +374,7 @@ def summary(name: str, events: list[Event]) -> str:
 
 def show(capsys: pytest.CaptureFixture[str], lines: list[str]) -> None:
     with capsys.disabled():
-        print("", *lines, sep="\n")
+        print("", *lines, sep="\n", file=sys.stderr)
 
 
 def test_writers_at_once(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
