@@ -322,6 +322,7 @@ listed = st.builds(
 )
 
 
+@example([Listed(f"{P}-journal/9999999999", False, 2, '"e"', 0.0)], [b"ab", b"abcdefg"], b"", 0)
 @example([], [b""], journal._HEADER.pack(journal.MAGIC, 0, 7, 1, 512, 512).ljust(512, b"\0"), 0)
 @given(st.lists(listed, max_size=4), st.lists(st.binary(max_size=600), max_size=3), journals(), number)
 @FUZZ
