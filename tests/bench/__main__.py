@@ -24,6 +24,7 @@ from mounting import Place
 from servers import seaweed
 
 from bench.contestants import Contestant, Ground, InProcess, Local, OnMount, RawS3, WholeFile, make_ground
+from bench.peers import Mounted, S3Vfs, about, peers
 from bench.table import Lines, as_json, markdown
 from bench.targets import TARGETS, floor_of
 from bench.wire import Wire
@@ -31,18 +32,19 @@ from bench.worker import Failed, TooSlow
 from bench.workloads import BIG, WORKLOADS, has_option, local_kind, takes_part
 
 #: A contestant that needs longer than this is not asked again.
-PATIENT_S = 20.0
+PATIENT_S = 10.0
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def contestants(ground: Ground) -> list[Contestant]:
+def contestants(ground: Ground, with_peers: bool) -> list[Contestant]:
     found: list[Contestant] = [OnMount(ground), InProcess(ground)]
     if has_option("--exclusive"):
         found.append(OnMount(ground, "--exclusive"))
-    return found + [Local(ground), RawS3(ground), WholeFile(ground)]
+    found += [Local(ground), RawS3(ground), WholeFile(ground)]
+    return found + (peers(ground) if with_peers else [])
 
 
 def measure(name: str, taking: list[Contestant], repeat: int, lines: Lines) -> None:
@@ -84,7 +86,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--delay-ms", type=float, default=15.0, help="what each request takes longer")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--limit-s", type=float, default=120.0, help="the most that one step may take")
+    parser.add_argument("--limit-s", type=float, default=45.0, help="the most that one step may take")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure others as well")
     parser.add_argument(
         "--only", metavar="WORD", help="only contestants with this word in their names, such as `mount`"
@@ -98,7 +100,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return given
 
 
-def run(given: argparse.Namespace) -> tuple[Lines, str]:
+def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
     lines = Lines()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -106,12 +108,13 @@ def run(given: argparse.Namespace) -> tuple[Lines, str]:
         with seaweed(folder / "s3") as endpoint, Wire(endpoint.url, given.delay_ms) as wire:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "bench")
             place.create_bucket()
-            ground = make_ground(place, wire, folder, given.rows, given.limit_s)
-            said = conditions(ground, given)
-            taking = [on for on in contestants(ground) if not given.only or given.only in on.name]
-            for kind in {type(on).seed: on for on in taking}.values():
-                kind.seed(BIG)
-            wire.take()
+            ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)
+            said = [conditions(ground, given)]
+            with ground.preparing():
+                taking = [on for on in contestants(ground, given.peers) if not given.only or given.only in on.name]
+                for kind in {type(on).seed: on for on in taking}.values():
+                    kind.seed(BIG)
+            said += [f"* {about(on)}" for on in taking if isinstance(on, (Mounted, S3Vfs))]
             for workload in given.workloads:
                 measure(workload, taking, given.repeat, lines)
     return lines, said
@@ -123,7 +126,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     lines, said = run(given)
     targets = [target for target in TARGETS if target.workload in given.workloads]
-    print(said, *markdown(lines, targets), sep="\n")
+    print(*said, "", *markdown(lines, targets), sep="\n")
     missed = [target for target in targets if target.verdict(lines)[0] is False]
     print(f"\nbench: {len(missed)} of {len(targets)} targets not met, {time.monotonic() - began:.0f} s")
     if given.json:
