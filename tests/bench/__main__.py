@@ -24,15 +24,22 @@ from mounting import Place
 from servers import seaweed
 
 from bench.contestants import Contestant, Ground, InProcess, Local, OnMount, RawS3, WholeFile, make_ground
+from bench.large import LARGE
+from bench.large import takes_part as large_takes_part
 from bench.peers import Mounted, S3Vfs, about, peers
 from bench.table import Lines, as_json, markdown
 from bench.targets import TARGETS, floor_of
 from bench.wire import Wire
 from bench.worker import Failed, TooSlow
-from bench.workloads import BIG, WORKLOADS, has_option, local_kind, takes_part
+from bench.workloads import BIG, WORKLOADS, has_option, local_kind
+from bench.workloads import takes_part as small_takes_part
 
 #: A contestant that needs longer than this is not asked again.
 PATIENT_S = 10.0
+
+
+#: What takes long enough to be asked for by its name.
+ON_DEMAND = ("W17",)
 
 
 def say(text: str) -> None:
@@ -49,12 +56,15 @@ def contestants(ground: Ground, with_peers: bool) -> list[Contestant]:
 
 def measure(name: str, taking: list[Contestant], repeat: int, lines: Lines) -> None:
     """One workload, by all, in turn."""
+    large = name in LARGE
+    workload, takes_part = (LARGE[name], large_takes_part) if large else (WORKLOADS[name], small_takes_part)
     taking = [on for on in taking if takes_part(name, on)]
+    repeat = 1 if large else repeat
     for turn in range(repeat):
         for on in list(taking):
             spent = 0.0
             try:
-                for way, measured in WORKLOADS[name](on, turn):
+                for way, measured in workload(on, turn):
                     lines.add(name, f"{on}{way}", measured)
                     spent += measured.seconds
                     say(f"{name} {turn + 1}/{repeat} {on}{way}: {measured.seconds:.3f} s")
@@ -82,7 +92,7 @@ def conditions(ground: Ground, given: argparse.Namespace) -> str:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("workloads", nargs="*", metavar="W1 ... W11", help="default: all of them")
+    parser.add_argument("workloads", nargs="*", metavar="W1 ... W18", help="default: all but W17")
     parser.add_argument("--delay-ms", type=float, default=15.0, help="what each request takes longer")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -91,11 +101,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="WORD", help="only contestants with this word in their names, such as `mount`"
     )
+    parser.add_argument("--databases", type=int, default=10_000, help="of W15")
+    parser.add_argument("--commits", type=int, default=30_000, help="of W17")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     given = parser.parse_args(argv)
-    given.workloads = given.workloads or list(WORKLOADS)
+    known = [*WORKLOADS, *LARGE]
+    given.workloads = given.workloads or [name for name in known if name not in ON_DEMAND]
     for name in given.workloads:
-        if name not in WORKLOADS:
+        if name not in known:
             parser.error(f"there is no workload {name}")
     return given
 
@@ -109,6 +122,7 @@ def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "bench")
             place.create_bucket()
             ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)
+            ground.databases, ground.commits = given.databases, given.commits
             said = [conditions(ground, given)]
             with ground.preparing():
                 taking = [on for on in contestants(ground, given.peers) if not given.only or given.only in on.name]

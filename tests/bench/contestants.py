@@ -47,6 +47,8 @@ class Ground:
     limit_s: float
     file: Path
     delay_ms: float
+    databases: int = 10_000
+    commits: int = 30_000
 
     @property
     def through(self) -> Place:
@@ -84,6 +86,11 @@ class Session:
         """A step that is not measured."""
         self.worker(what, **arguments)
 
+    @property
+    def memory(self) -> float:
+        """Of the daemon, or of the client if there is none, in MB."""
+        return sum(map(memory_of, self._daemons or [self.worker.process.pid]))
+
     def step(self, what: str, **arguments: Any) -> Measured:
         self._wire.take()
         before = sum(map(cpu_of, self._daemons))
@@ -102,6 +109,12 @@ def cpu_of(pid: int) -> float:
             if stat.parent.name == str(pid) or numbers[3] == str(pid):
                 ticks += int(numbers[11]) + int(numbers[12])
     return ticks / TICKS_PER_S
+
+
+def memory_of(pid: int) -> float:
+    """What a process has in memory, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1000
 
 
 class Contestant:

@@ -54,6 +54,12 @@ class Asked:
     def key(self) -> str:
         return self.path.partition("?")[0]
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes that were asked for, the last one excluded."""
+        first, _, last = self.range.removeprefix("bytes=").partition("-")
+        return int(first), int(last) + 1
+
 
 def kind_of(method: str, path: str, head: bytes) -> str:
     """What S3 charges for."""

@@ -37,9 +37,9 @@ def w1(on: Contestant, turn: int) -> Runs:
         yield ", until it is ready", _mount(on.ground)
     if isinstance(on, InProcess):
         import_us = "import boto3, apsw, s3blockfs; s3blockfs.connect"
-        yield ", import", _python(on.ground, "-c", import_us)
+        yield ", import", python(on.ground, "-c", import_us)
     if isinstance(on, RawS3):
-        yield ", import boto3, apsw", _python(on.ground, "-c", "import boto3, apsw")
+        yield ", import boto3, apsw", python(on.ground, "-c", "import boto3, apsw")
 
 
 def w2(on: Contestant, turn: int) -> Runs:
@@ -134,7 +134,7 @@ def w11(on: Contestant, _: int) -> Runs:
         target = f"{place.bucket}/{name}"
         lines = [["s3blockfs", "import", str(file), target, *ends], ["s3blockfs", "export", target, str(back), *ends]]
     for kind, line in zip((", import", ", export"), lines, strict=True):
-        yield kind, _python(ground, "-m", *line)
+        yield kind, python(ground, "-m", *line)
     if _content(back) != _content(file):
         raise WrongAnswer(f"{on}: what was exported is not what was imported")
     back.unlink()
@@ -201,12 +201,13 @@ def _overlap(measured: Measured) -> Measured:
     return measured
 
 
-def _python(ground: Ground, *arguments: str) -> Measured:
-    """A Python process from start to end; the most memory that it had, in MB."""
+def python(ground: Ground, *arguments: str, said: Path = Path(os.devnull)) -> Measured:
+    """A Python process from start to end, which prints into a file; the most memory that it had, in MB."""
     environment = ground.through.environment | {"PYTHONPATH": str(TESTS)}
     ground.wire.take()
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, *arguments], env=environment, cwd="/")
+    with said.open("wb") as file:
+        process = subprocess.Popen([sys.executable, *arguments], env=environment, cwd="/", stdout=file)
     try:
         _, status, used = os.wait4(process.pid, 0)
     except BaseException:
@@ -225,7 +226,7 @@ def _mount(ground: Ground) -> Measured:
     folder.mkdir()
     line = ["s3blockfs", "mount", place.target, str(folder), "--endpoint-url", place.url]
     try:
-        measured = _python(ground, "-m", *line)
+        measured = python(ground, "-m", *line)
         assert is_mounted(folder)
     finally:
         if is_mounted(folder):
