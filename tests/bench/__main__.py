@@ -27,6 +27,7 @@ from bench.contestants import Contestant, Ground, InProcess, Local, OnMount, Raw
 from bench.large import LARGE
 from bench.large import takes_part as large_takes_part
 from bench.peers import Mounted, S3Vfs, about, peers
+from bench.sweep import sweep
 from bench.table import Lines, as_json, markdown
 from bench.targets import TARGETS, floor_of
 from bench.wire import Wire
@@ -101,6 +102,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", metavar="WORD", help="only contestants with this word in their names, such as `mount`"
     )
+    parser.add_argument("--sweep", action="store_true", help="W19: block sizes and page sizes, instead of all others")
     parser.add_argument("--databases", type=int, default=10_000, help="of W15")
     parser.add_argument("--commits", type=int, default=30_000, help="of W17")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
@@ -124,6 +126,8 @@ def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
             ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)
             ground.databases, ground.commits = given.databases, given.commits
             said = [conditions(ground, given)]
+            if given.sweep:
+                return lines, [*said, "", *sweep(ground)]
             with ground.preparing():
                 taking = [on for on in contestants(ground, given.peers) if not given.only or given.only in on.name]
                 for kind in {type(on).seed: on for on in taking}.values():
@@ -140,6 +144,9 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     lines, said = run(given)
     targets = [target for target in TARGETS if target.workload in given.workloads]
+    if given.sweep:
+        print(*said, sep="\n")
+        return
     print(*said, "", *markdown(lines, targets), sep="\n")
     missed = [target for target in targets if target.verdict(lines)[0] is False]
     print(f"\nbench: {len(missed)} of {len(targets)} targets not met, {time.monotonic() - began:.0f} s")
@@ -149,4 +156,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted")

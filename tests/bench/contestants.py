@@ -49,6 +49,7 @@ class Ground:
     delay_ms: float
     databases: int = 10_000
     commits: int = 30_000
+    page_size: int = 4096
 
     @property
     def through(self) -> Place:
@@ -73,7 +74,8 @@ class Ground:
             self.wire.take()
 
     def worker(self, kind: str, limit_s: float = 0.0, **how: Any) -> Worker:
-        return Worker(self.through.environment, limit_s or self.limit_s, kind=kind, rows=self.rows, **how)
+        what = {"kind": kind, "rows": self.rows, "page_size": self.page_size}
+        return Worker(self.through.environment, limit_s or self.limit_s, **what, **how)
 
 
 class Session:
@@ -145,10 +147,13 @@ class Contestant:
 class S3BlockFS(Contestant):
     """Both faces have the same databases."""
 
+    options: Sequence[str] = ()
+    """Of the commands that make and mount them."""
+
     def seed(self, name: str) -> None:
         place = self.ground.place
-        target = f"{place.bucket}/{name}"
-        done = command(place, "import", "--force", str(self.ground.file), target, "--endpoint-url", place.url)
+        line = ["import", "--force", str(self.ground.file), f"{place.target}/{name}", "--endpoint-url", place.url]
+        done = command(place, *line, *self.options)
         assert done.returncode == 0, done.stderr
 
 

@@ -87,9 +87,10 @@ class Worker:
 class Client:
     """One connection to one database, made by the first step that needs it: opening is a part of what is cold."""
 
-    def prepare(self, kind: str, rows: int = 0, **how: Any) -> None:
+    def prepare(self, kind: str, rows: int, page_size: int, **how: Any) -> None:
         """Import what `kind` needs."""
         self.connect: Callable[[], Any] = getattr(self, f"_{kind}")(**how)
+        self.page_size = page_size
         self.rows = rows
         self.database: Any = None
         self.timed: dict[str, Any] = {}
@@ -173,6 +174,7 @@ class Client:
         todo = list(rows.all_rows(self.rows))
         with self.timing():
             execute = self.database.execute
+            execute(f"PRAGMA page_size = {self.page_size}")
             execute("BEGIN")
             for statement in rows.SCHEMA:
                 execute(statement)
@@ -187,6 +189,7 @@ class Client:
     def table(self) -> None:
         """An empty one, not timed."""
         with self.timing():
+            self.database.execute(f"PRAGMA page_size = {self.page_size}")
             self.database.execute(rows.SCHEMA[0])
 
     def commits(self, count: int) -> None:
@@ -221,7 +224,6 @@ class Client:
     def sparse(self, size: int, pages: int) -> None:
         """A small database; then its file gets that size, with some pages of bytes behind what SQLite uses."""
         with self.timing():
-            self.database.execute("PRAGMA page_size = 4096")
             self.database.execute(rows.SCHEMA[0])
             self.database.execute("BEGIN")
             self._many(rows.INSERT, [(row, row, rows.data_of(row)) for row in range(1, 1001)])
