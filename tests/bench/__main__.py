@@ -24,35 +24,48 @@ from mounting import Place
 from servers import seaweed
 
 from bench.contestants import Contestant, Ground, InProcess, Local, OnMount, RawS3, WholeFile, make_ground
+from bench.large import LARGE
+from bench.large import takes_part as large_takes_part
+from bench.peers import Mounted, S3Vfs, about, peers
+from bench.sweep import sweep
 from bench.table import Lines, as_json, markdown
 from bench.targets import TARGETS, floor_of
 from bench.wire import Wire
 from bench.worker import Failed, TooSlow
-from bench.workloads import BIG, WORKLOADS, has_option, local_kind, takes_part
+from bench.workloads import BIG, WORKLOADS, has_option, local_kind
+from bench.workloads import takes_part as small_takes_part
 
 #: A contestant that needs longer than this is not asked again.
-PATIENT_S = 20.0
+PATIENT_S = 10.0
+
+
+#: What takes long enough to be asked for by its name.
+ON_DEMAND = ("W17",)
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def contestants(ground: Ground) -> list[Contestant]:
+def contestants(ground: Ground, with_peers: bool) -> list[Contestant]:
     found: list[Contestant] = [OnMount(ground), InProcess(ground)]
     if has_option("--exclusive"):
         found.append(OnMount(ground, "--exclusive"))
-    return found + [Local(ground), RawS3(ground), WholeFile(ground)]
+    found += [Local(ground), RawS3(ground), WholeFile(ground)]
+    return found + (peers(ground) if with_peers else [])
 
 
 def measure(name: str, taking: list[Contestant], repeat: int, lines: Lines) -> None:
     """One workload, by all, in turn."""
+    large = name in LARGE
+    workload, takes_part = (LARGE[name], large_takes_part) if large else (WORKLOADS[name], small_takes_part)
     taking = [on for on in taking if takes_part(name, on)]
+    repeat = 1 if large else repeat
     for turn in range(repeat):
         for on in list(taking):
             spent = 0.0
             try:
-                for way, measured in WORKLOADS[name](on, turn):
+                for way, measured in workload(on, turn):
                     lines.add(name, f"{on}{way}", measured)
                     spent += measured.seconds
                     say(f"{name} {turn + 1}/{repeat} {on}{way}: {measured.seconds:.3f} s")
@@ -80,25 +93,29 @@ def conditions(ground: Ground, given: argparse.Namespace) -> str:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("workloads", nargs="*", metavar="W1 ... W11", help="default: all of them")
+    parser.add_argument("workloads", nargs="*", metavar="W1 ... W18", help="default: all but W17")
     parser.add_argument("--delay-ms", type=float, default=15.0, help="what each request takes longer")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--limit-s", type=float, default=120.0, help="the most that one step may take")
+    parser.add_argument("--limit-s", type=float, default=45.0, help="the most that one step may take")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure others as well")
     parser.add_argument(
         "--only", metavar="WORD", help="only contestants with this word in their names, such as `mount`"
     )
+    parser.add_argument("--sweep", action="store_true", help="W19: block sizes and page sizes, instead of all others")
+    parser.add_argument("--databases", type=int, default=10_000, help="of W15")
+    parser.add_argument("--commits", type=int, default=30_000, help="of W17")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     given = parser.parse_args(argv)
-    given.workloads = given.workloads or list(WORKLOADS)
+    known = [*WORKLOADS, *LARGE]
+    given.workloads = given.workloads or [name for name in known if name not in ON_DEMAND]
     for name in given.workloads:
-        if name not in WORKLOADS:
+        if name not in known:
             parser.error(f"there is no workload {name}")
     return given
 
 
-def run(given: argparse.Namespace) -> tuple[Lines, str]:
+def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
     lines = Lines()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -106,12 +123,16 @@ def run(given: argparse.Namespace) -> tuple[Lines, str]:
         with seaweed(folder / "s3") as endpoint, Wire(endpoint.url, given.delay_ms) as wire:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "bench")
             place.create_bucket()
-            ground = make_ground(place, wire, folder, given.rows, given.limit_s)
-            said = conditions(ground, given)
-            taking = [on for on in contestants(ground) if not given.only or given.only in on.name]
-            for kind in {type(on).seed: on for on in taking}.values():
-                kind.seed(BIG)
-            wire.take()
+            ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)
+            ground.databases, ground.commits = given.databases, given.commits
+            said = [conditions(ground, given)]
+            if given.sweep:
+                return lines, [*said, "", *sweep(ground)]
+            with ground.preparing():
+                taking = [on for on in contestants(ground, given.peers) if not given.only or given.only in on.name]
+                for kind in {type(on).seed: on for on in taking}.values():
+                    kind.seed(BIG)
+            said += [f"* {about(on)}" for on in taking if isinstance(on, (Mounted, S3Vfs))]
             for workload in given.workloads:
                 measure(workload, taking, given.repeat, lines)
     return lines, said
@@ -123,7 +144,10 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     lines, said = run(given)
     targets = [target for target in TARGETS if target.workload in given.workloads]
-    print(said, *markdown(lines, targets), sep="\n")
+    if given.sweep:
+        print(*said, sep="\n")
+        return
+    print(*said, "", *markdown(lines, targets), sep="\n")
     missed = [target for target in targets if target.verdict(lines)[0] is False]
     print(f"\nbench: {len(missed)} of {len(targets)} targets not met, {time.monotonic() - began:.0f} s")
     if given.json:
@@ -132,4 +156,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("bench: interrupted")

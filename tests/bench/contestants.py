@@ -46,6 +46,10 @@ class Ground:
     rows: int
     limit_s: float
     file: Path
+    delay_ms: float
+    databases: int = 10_000
+    commits: int = 30_000
+    page_size: int = 4096
 
     @property
     def through(self) -> Place:
@@ -59,8 +63,19 @@ class Ground:
         session = boto3.Session(self.place.access_key, self.place.secret_key, region_name="us-east-1")
         return session.client("s3", endpoint_url=self.place.url)
 
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is done inside is neither delayed nor counted."""
+        self.wire.delay(0)
+        try:
+            yield
+        finally:
+            self.wire.delay(self.delay_ms)
+            self.wire.take()
+
     def worker(self, kind: str, limit_s: float = 0.0, **how: Any) -> Worker:
-        return Worker(self.through.environment, limit_s or self.limit_s, kind=kind, rows=self.rows, **how)
+        what = {"kind": kind, "rows": self.rows, "page_size": self.page_size}
+        return Worker(self.through.environment, limit_s or self.limit_s, **what, **how)
 
 
 class Session:
@@ -73,6 +88,11 @@ class Session:
         """A step that is not measured."""
         self.worker(what, **arguments)
 
+    @property
+    def memory(self) -> float:
+        """Of the daemon, or of the client if there is none, in MB."""
+        return sum(map(memory_of, self._daemons or [self.worker.process.pid]))
+
     def step(self, what: str, **arguments: Any) -> Measured:
         self._wire.take()
         before = sum(map(cpu_of, self._daemons))
@@ -83,9 +103,20 @@ class Session:
 
 
 def cpu_of(pid: int) -> float:
-    """Seconds that a process has used so far, all its threads together."""
-    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(numbers[11]) + int(numbers[12])) / TICKS_PER_S
+    """Seconds that a process has used so far, and those of the session that it leads (juicefs starts another one)."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            numbers = stat.read_text().rpartition(")")[2].split()
+            if stat.parent.name == str(pid) or numbers[3] == str(pid):
+                ticks += int(numbers[11]) + int(numbers[12])
+    return ticks / TICKS_PER_S
+
+
+def memory_of(pid: int) -> float:
+    """What a process has in memory, in MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1000
 
 
 class Contestant:
@@ -108,18 +139,21 @@ class Contestant:
         raise NotImplementedError
 
     def settled(self, measured: Measured) -> Measured:
-        """With the requests that followed until the session was over, such as giving back a lease."""
-        measured.figures = Figures(measured.figures.asked + self.ground.wire.take().asked)
+        """With what followed until the session was over: a lease that is given back, bytes still under way."""
+        measured.figures += self.ground.wire.take()
         return measured
 
 
 class S3BlockFS(Contestant):
     """Both faces have the same databases."""
 
+    options: Sequence[str] = ()
+    """Of the commands that make and mount them."""
+
     def seed(self, name: str) -> None:
         place = self.ground.place
-        target = f"{place.bucket}/{name}"
-        done = command(place, "import", "--force", str(self.ground.file), target, "--endpoint-url", place.url)
+        line = ["import", "--force", str(self.ground.file), f"{place.target}/{name}", "--endpoint-url", place.url]
+        done = command(place, *line, *self.options)
         assert done.returncode == 0, done.stderr
 
 
@@ -206,7 +240,7 @@ class WholeFile(AsObject):
             yield _WholeSession(ground.wire, worker, key=self.key(name), path=f"{folder}/copy")
 
 
-def make_ground(place: Place, wire: Wire, folder: Path, count: int, limit_s: float) -> Ground:
+def make_ground(place: Place, wire: Wire, folder: Path, count: int, limit_s: float, delay_ms: float) -> Ground:
     file = folder / "rows.sqlite"
     rows.make(file, count)
-    return Ground(place, wire, folder, count, limit_s, file)
+    return Ground(place, wire, folder, count, limit_s, file, delay_ms)

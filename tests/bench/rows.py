@@ -71,9 +71,10 @@ def sums(rows: int) -> list[Any]:
 SCAN = "SELECT count(*), sum(k), sum(length(data)), hex(max(data)) FROM t NOT INDEXED"
 
 
-def make(path: Path, rows: int) -> None:
+def make(path: Path, rows: int, page_size: int = 4096) -> None:
     """The database as a local file."""
     database = sqlite3.connect(path)
+    database.execute(f"PRAGMA page_size = {page_size}")
     with database:
         for statement in SCHEMA[:1]:
             database.execute(statement)

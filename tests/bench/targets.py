@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.table import Target, against, most
+from bench.table import Target, against, least, most
 
 MOUNT, PROCESS, EXCLUSIVE = "s3blockfs mount", "s3blockfs in process", "s3blockfs mount --exclusive"
 FLOORS = {
@@ -17,6 +17,7 @@ FLOORS = {
     "W9": "whole file",
     "W10": "whole file",
     "W11": "boto3 alone",
+    "W16": "boto3 alone",
 }
 
 
@@ -26,7 +27,7 @@ def floor_of(workload: str, who: str) -> str:
     _, comma, way = who.partition(", ")
     if workload == "W1" and way:
         return "boto3 alone, import boto3, apsw"
-    return floor + comma + way
+    return floor if workload == "W16" else floor + comma + way
 
 
 def _requests() -> list[Target]:
@@ -45,7 +46,7 @@ def _requests() -> list[Target]:
             against("W4", who, "boto3 alone", 1.5, "≤ 1.5x boto3"),
             most("W5", who, "requests", 0, "0 requests"),
             most("W6", who, "puts", 35, "≤ 35 PUTs"),
-            most("W6", who, "first upload", 0.5, "uploads overlap the inserts", "begins after {:.0%} of them"),
+            least("W6", who, "sent before COMMIT", 0.5, "uploads overlap the inserts", "{:.0%} sent before COMMIT"),
             most("W7", who, "puts", 206, "≤ 206 PUTs"),
             most("W7", who, "gets", 0, "0 GETs"),
             against("W7", who, "boto3 alone", 1.2, "≤ 1.2x 200 PUTs"),
@@ -90,4 +91,28 @@ TARGETS = [
     most("W11", f"{PROCESS}, export", "gets", 30, "≤ 30 GETs"),
     against("W11", f"{PROCESS}, import", "boto3 alone, import", 1.25, "≥ 80 % of boto3"),
     against("W11", f"{PROCESS}, export", "boto3 alone, export", 1.25, "≥ 80 % of boto3"),
+    *(
+        Target(
+            "W14",
+            f"{who}, 1 TB",
+            "as many requests as with 1 MB",
+            lambda line, lines, who=who: line.requests - lines.of("W14", f"{who}, 1 MB").requests,  # type: ignore[misc]
+            lambda found: found <= 0,
+            "{:+.0f}",
+        )
+        for who in (MOUNT, PROCESS)
+    ),
+    *(most("W14", f"{who}, 1 TB", "MB it grew", 50, "grows by ≤ 50 MB", "{:.1f} MB") for who in (MOUNT, PROCESS)),
+    most("W15", f"{PROCESS}: ls ", "gets", 0, "LISTs only", "{:.0f} GETs"),
+    most("W15", f"{PROCESS}: ls ", "seconds", 3, "≤ 3 s", "{:.1f} s"),
+    most("W15", f"{PROCESS}: ls -l", "gets", 10_000, "one GET each"),
+    most("W15", f"{PROCESS}: ls -l", "GETs without a range", 0, "ranged", "{:.0f} without"),
+    least("W15", f"{PROCESS}: ls -l", "at once", 64, "64 in parallel", "{:.0f}"),
+    most("W15", f"{PROCESS}: ls -l", "seconds", 20, "≤ 20 s", "{:.1f} s"),
+    most("W16", f"{MOUNT}, 16 threads", "MB fetched twice", 0, "no slot fetched twice", "{:.2f} MB"),
+    against("W16", f"{MOUNT}, 16 threads", "boto3 alone", 1.5, "≤ 1.5x boto3 (W4's: no figure was set)"),
+    most("W17", PROCESS, "PUTs a commit", 1.05, "≤ 1.05 PUTs a commit", "{:.3f}"),
+    most("W17", PROCESS, "KiB a commit", 300, "≤ 300 KiB a commit"),
+    most("W17", PROCESS, "times live", 3, "garbage < 2x live", "all {:.2f}x live"),
+    most("W18", MOUNT, "requests", 0, "0 requests"),
 ]

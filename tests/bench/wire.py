@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,10 +46,19 @@ class Asked:
     down: int = 0
     status: int = 0
     ended: float = 0.0
+    """0: it is under way."""
+    rest: bool = False
+    """Not a request, but what else was moved for one that was under way when somebody asked before."""
 
     @property
     def key(self) -> str:
         return self.path.partition("?")[0]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes that were asked for, the last one excluded."""
+        first, _, last = self.range.removeprefix("bytes=").partition("-")
+        return int(first), int(last) + 1
 
 
 def kind_of(method: str, path: str, head: bytes) -> str:
@@ -70,7 +80,11 @@ class Figures:
     """What the requests of one measurement come to."""
 
     def __init__(self, asked: list[Asked]) -> None:
-        self.asked = asked
+        self.asked = [one for one in asked if not one.rest]
+        self._rests = [one for one in asked if one.rest]
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(self.asked + self._rests + other.asked + other._rests)
 
     def count(self, *methods: str) -> int:
         return sum(one.method in methods for one in self.asked)
@@ -90,11 +104,11 @@ class Figures:
 
     @property
     def up(self) -> int:
-        return sum(one.up for one in self.asked)
+        return sum(one.up for one in self.asked + self._rests)
 
     @property
     def down(self) -> int:
-        return sum(one.down for one in self.asked)
+        return sum(one.down for one in self.asked + self._rests)
 
     @property
     def dollars(self) -> float:
@@ -104,9 +118,9 @@ class Figures:
     def trips(self) -> int:
         """The longest chain of requests of which each began after the one before had ended."""
         chain, free = 0, 0.0
-        for one in sorted(self.asked, key=lambda one: one.ended):
+        for one in sorted(self.asked, key=lambda one: one.ended or float("inf")):
             if one.began >= free:
-                chain, free = chain + 1, one.ended
+                chain, free = chain + 1, one.ended or float("inf")
         return chain
 
 
@@ -142,7 +156,7 @@ class Wire:
         return json.loads(self.process.stdout.readline())
 
     def take(self) -> Figures:
-        """The requests that have ended since the last time."""
+        """The requests since the last time, with those that are under way."""
         return Figures([Asked(**one) for one in self._say("take")])
 
     def delay(self, milliseconds: float) -> None:
@@ -182,11 +196,12 @@ class _Stream:
             raise ConnectionError("the connection ended within a message")
         return piece
 
-    def move(self, size: int, to: _Stream, pipe: tuple[int, int]) -> None:
-        """The next bytes of a body."""
+    def move(self, size: int, to: _Stream, pipe: tuple[int, int], moved: Callable[[int], None]) -> None:
+        """The next bytes of a body; `moved` is told of each piece."""
         first, self.rest = self.rest[:size], self.rest[size:]
         if first:
             to.socket.sendall(first)
+            moved(len(first))
         size -= len(first)
         source, target = self.socket.fileno(), to.socket.fileno()
         while size:
@@ -195,18 +210,19 @@ class _Stream:
                 raise ConnectionError("the connection ended within a message")
             size -= here
             while here:
-                here -= os.splice(pipe[0], target, here)
+                gone = os.splice(pipe[0], target, here)
+                here -= gone
+                moved(gone)
 
-    def move_chunks(self, to: _Stream, pipe: tuple[int, int]) -> int:
-        """A chunked body; how many bytes it had."""
-        moved, size = 0, -1
+    def move_chunks(self, to: _Stream, pipe: tuple[int, int], moved: Callable[[int], None]) -> None:
+        """A chunked body."""
+        size = -1
         while size:
             line = self.line()
             size = int(line.split(b";")[0], 16)
             to.socket.sendall(line)
-            self.move(size + 2, to, pipe)
-            moved += len(line) + size + 2
-        return moved
+            moved(len(line))
+            self.move(size + 2, to, pipe, moved)
 
 
 def _field(head: bytes, name: bytes) -> str:
@@ -220,6 +236,7 @@ class _Proxy:
         self.upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.delay_s = delay_s
         self.asked: list[Asked] = []
+        self.lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
@@ -251,33 +268,46 @@ class _Proxy:
     def _one(self, client: _Stream, store: _Stream, head: bytes, pipe: tuple[int, int]) -> bool:
         """Whether the connections can be used again."""
         method, path, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
-        asked = Asked(kind_of(method, path, head), path, _field(head, b"range"), time.monotonic())
+        began = time.monotonic()
+        asked = Asked(kind_of(method, path, head), path, _field(head, b"range"), began, up=len(head))
+        with self.lock:
+            self.asked.append(asked)
+        try:
+            return self._pass(client, store, head, pipe, method, asked)
+        finally:
+            asked.ended = time.monotonic()
+
+    def _pass(
+        self, client: _Stream, store: _Stream, head: bytes, pipe: tuple[int, int], method: str, asked: Asked
+    ) -> bool:
+        def up(size: int) -> None:
+            asked.up += size
+
+        def down(size: int) -> None:
+            asked.down += size
+
         if _field(head, b"expect").lower() == "100-continue":
             client.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         time.sleep(self.delay_s)
-        asked.up = len(head)
         store.socket.sendall(head)
         if "chunked" in _field(head, b"transfer-encoding"):
-            asked.up += client.move_chunks(store, pipe)
+            client.move_chunks(store, pipe, up)
         else:
-            size = int(_field(head, b"content-length") or 0)
-            client.move(size, store, pipe)
-            asked.up += size
+            client.move(int(_field(head, b"content-length") or 0), store, pipe, up)
         answer = store.head()
         while answer.startswith(b"HTTP/1.1 1"):  # the client has had it from us
             answer = store.head()
         asked.status = int(answer.split(b" ", 2)[1] if answer else 0)
-        asked.down = len(answer)
-        self.asked.append(asked)  # before the client can know that it is over
+        down(len(answer))
         size = 0 if method == "HEAD" or asked.status in (204, 304) else int(_field(answer, b"content-length") or 0)
-        asked.down += size
-        asked.ended = time.monotonic()
+        chunked = "chunked" in _field(answer, b"transfer-encoding") and method != "HEAD"
+        if not size and not chunked:
+            asked.ended = time.monotonic()  # before the client can ask for the next one
         client.socket.sendall(answer)
-        if "chunked" in _field(answer, b"transfer-encoding") and method != "HEAD":
-            asked.down += store.move_chunks(client, pipe)
+        if chunked:
+            store.move_chunks(client, pipe, down)
         else:
-            store.move(size, client, pipe)
-        asked.ended = time.monotonic()
+            store.move(size, client, pipe, down)
         return bool(answer) and _field(answer, b"connection").lower() != "close"
 
     def told(self, line: str) -> Any:
@@ -285,8 +315,13 @@ class _Proxy:
         if command == "delay":
             self.delay_s = float(value) / 1000
             return None
-        taken, self.asked = self.asked, []
-        return [asdict(one) for one in taken]
+        with self.lock:
+            taken, self.asked = self.asked, [one for one in self.asked if not one.ended]
+            told = [asdict(one) for one in taken]
+            for one in self.asked:
+                one.up = one.down = 0
+                one.rest = True
+        return told
 
 
 def main() -> None:

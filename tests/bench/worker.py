@@ -7,14 +7,17 @@ should hold is known before, what came back is checked after. `Worker` is the ha
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import random
 import select
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +87,10 @@ class Worker:
 class Client:
     """One connection to one database, made by the first step that needs it: opening is a part of what is cold."""
 
-    def prepare(self, kind: str, rows: int = 0, **how: Any) -> None:
+    def prepare(self, kind: str, rows: int, page_size: int, **how: Any) -> None:
         """Import what `kind` needs."""
         self.connect: Callable[[], Any] = getattr(self, f"_{kind}")(**how)
+        self.page_size = page_size
         self.rows = rows
         self.database: Any = None
         self.timed: dict[str, Any] = {}
@@ -109,6 +113,9 @@ class Client:
             return apsw.Connection(name, vfs=self.vfs.name)
 
         return connect
+
+    def _engine(self) -> Callable[[], Any]:
+        return io.BytesIO  # no connection: the step makes its own
 
     def _raw(self, **where: Any) -> Callable[[], Any]:
         import boto3  # noqa: F401  so that it is imported
@@ -167,6 +174,7 @@ class Client:
         todo = list(rows.all_rows(self.rows))
         with self.timing():
             execute = self.database.execute
+            execute(f"PRAGMA page_size = {self.page_size}")
             execute("BEGIN")
             for statement in rows.SCHEMA:
                 execute(statement)
@@ -181,6 +189,7 @@ class Client:
     def table(self) -> None:
         """An empty one, not timed."""
         with self.timing():
+            self.database.execute(f"PRAGMA page_size = {self.page_size}")
             self.database.execute(rows.SCHEMA[0])
 
     def commits(self, count: int) -> None:
@@ -211,6 +220,73 @@ class Client:
             rows.checked(found, self.rows, range(1, self.rows + 1), versions)
             if [tuple(row) for row in self.database.execute("PRAGMA quick_check")] != [("ok",)]:
                 raise rows.WrongAnswer("the database is not whole")
+
+    def sparse(self, size: int, pages: int) -> None:
+        """A small database; then its file gets that size, with some pages of bytes behind what SQLite uses."""
+        with self.timing():
+            self.database.execute(rows.SCHEMA[0])
+            self.database.execute("BEGIN")
+            self._many(rows.INSERT, [(row, row, rows.data_of(row)) for row in range(1, 1001)])
+            self.database.execute("COMMIT")
+            path = self.database.execute("PRAGMA database_list").fetchall()[0][2]
+        self.database.close()
+        if size:
+            with open(path, "r+b", buffering=0) as file:  # noqa: PTH123
+                file.truncate(size)
+                for page in range(1, pages + 1):
+                    file.seek(size // (pages + 1) * page // 4096 * 4096)
+                    file.write(random.Random(page).randbytes(4096))
+                file.seek(28)
+                file.write((size // 4096).to_bytes(4, "big"))  # the pages that SQLite thinks there are
+                os.fsync(file.fileno())
+        self.database = self.connect()
+
+    def row_of_sparse(self) -> None:
+        with self.timing():
+            found = self.database.execute("SELECT id, k, data FROM t WHERE id = 777").fetchall()
+        if [tuple(row) for row in found] != [(777, 777, rows.data_of(777))]:
+            raise rows.WrongAnswer("a row of a sparse database")
+
+    def threads(self, count: int) -> None:
+        """All rows by so many threads, a part each, and 50 random ones of all; each has its own connection."""
+
+        def read(number: int) -> list[Any]:
+            database = self.connect()
+            first, last = self.rows * number // count, self.rows * (number + 1) // count
+            query = "SELECT count(*), sum(length(data)), hex(max(data)) FROM t NOT INDEXED WHERE id > ? AND id <= ?"
+            found = [tuple(database.execute(query, (first, last)).fetchall()[0])]
+            for row in rows.some_ids(self.rows, 50, f"W16 {number}"):
+                found += database.execute("SELECT id, k, data FROM t WHERE id = ?", (row,)).fetchall()
+            database.close()
+            return found
+
+        with self.timing(), ThreadPoolExecutor(count) as pool:
+            found = list(pool.map(read, range(count)))
+        for number, (part, *some) in enumerate(found):
+            first, last = self.rows * number // count, self.rows * (number + 1) // count
+            most = max(rows.data_of(row) for row in range(first + 1, last + 1)).hex().upper()
+            if part != (last - first, (last - first) * rows.DATA_BYTES, most):
+                raise rows.WrongAnswer("the sums over a part of the rows are wrong")
+            rows.checked(some, self.rows, rows.some_ids(self.rows, 50, f"W16 {number}"))
+
+    def look(self, folder: str, names: list[str], some: int) -> None:
+        """At all names and attributes; then into some, which stay open."""
+        found = {entry.path: entry.stat().st_size for entry in os.scandir(folder)}
+        if sorted(found) != sorted(names) or not all(found.values()):
+            raise rows.WrongAnswer("a folder does not show what is there")
+        self.open = [sqlite3.connect(name) for name in names[:some]]
+        for database in self.open:
+            if database.execute("SELECT count(*) FROM t").fetchall() != [(0,)]:
+                raise rows.WrongAnswer("a table that is empty has rows")
+
+    def churn(self, commits: int) -> None:
+        from bench.churn import churn
+
+        seed = random.SystemRandom().randrange(1 << 32)
+        print(f"W17: seed {seed}", file=sys.stderr)
+        with self.timing(), ThreadPoolExecutor(1) as pool:  # in the main thread each commit would start one
+            answer = pool.submit(churn, commits, seed).result()
+        self.timed["answer"] = answer
 
     def raw(self, call: str, **arguments: Any) -> None:
         """A step of `Raw`."""
