@@ -20,7 +20,7 @@ from cachetools import LRUCache
 
 from s3blockfs import errors, objectfile
 from s3blockfs.cache import BlockCache
-from s3blockfs.capabilities import ensure_safe
+from s3blockfs.capabilities import ensure_safe, is_known_safe
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
 from s3blockfs.format import keys
@@ -189,6 +189,11 @@ class Names:
         if not self._safe:
             ensure_safe(self._store, self._root or prefix.rpartition("/")[0], self._runtime)
             self._safe = True
+
+    def learn_if_safe(self) -> None:
+        """Look whether the store is known to be, so that whoever opens a file first, be it to read, has not to wait."""
+        if not self._config.read_only:
+            self._safe = self._safe or is_known_safe(self._store, self._root)
 
     def _is_folder_lately(self, path: str) -> bool:
         """One that was a folder a moment ago still is: the kernel asks at every step of every path."""

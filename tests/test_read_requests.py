@@ -115,6 +115,7 @@ def test_one_row_by_key(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[st
     with capsys.disabled():
         print(f"\none row: {gets(wire)} requests, {wire.rounds} one after the other, {wire.received / MB:.2f} MB")
     assert gets(wire) <= 5
+    assert wire.rounds <= 4
     assert wire.received <= MB
 
 
