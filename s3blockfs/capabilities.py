@@ -37,6 +37,13 @@ def probe(store: ObjectStore, prefix: str, runtime: Runtime) -> str | None:
         store.delete([key], site="probe.cleanup")
 
 
+def is_known_safe(store: ObjectStore, prefix: str) -> bool:
+    """Whether an earlier probe found that. One GET; also when it fails, `ensure_safe` can tell."""
+    with suppress(errors.StoreError):
+        return _says_safe(store.get(join(prefix, HIDDEN_FOLDER, "store"), site="probe.get").body)
+    return False
+
+
 def ensure_safe(store: ObjectStore, prefix: str, runtime: Runtime) -> None:
     """Return when writing under `prefix` is safe: one GET when that is known already, else the probe.
     Raises ReadOnly, StoreUnavailable (no definite answer), what GET and PUT raise (credentials may be read-only)."""
@@ -67,7 +74,7 @@ def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
     except errors.ObjectNotFound:
         etag = put("probe.create", PROBING, if_absent=True)
     else:
-        if f'"state": "{SAFE}"'.encode() in found.body:  # anything else, rubbish included, is probed and so replaced
+        if _says_safe(found.body):  # anything else, rubbish included, is probed and so replaced
             return None
         etag = found.etag
     with suppress(errors.PreconditionFailed):
@@ -83,3 +90,7 @@ def _steps(store: ObjectStore, key: str, runtime: Runtime) -> str | None:
             return "this store refuses If-Match also with the right ETag"
         raise
     return None
+
+
+def _says_safe(body: bytes) -> bool:
+    return f'"state": "{SAFE}"'.encode() in body

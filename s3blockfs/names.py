@@ -20,11 +20,12 @@ from cachetools import LRUCache
 
 from s3blockfs import errors, objectfile
 from s3blockfs.cache import BlockCache
-from s3blockfs.capabilities import ensure_safe
+from s3blockfs.capabilities import ensure_safe, is_known_safe
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
 from s3blockfs.format import keys
 from s3blockfs.format.keys import check_prefix, deleted_mark_key, is_prefix, join
+from s3blockfs.glances import Glances
 from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import Listed, ObjectStore
 from s3blockfs.runtime import Runtime
@@ -64,6 +65,7 @@ class Names:
         self._objects: LRUCache[str, tuple[Listed | None, float]] = LRUCache(PROBES_KEPT)
         self._folders: LRUCache[str, float] = LRUCache(HEADS_KEPT)
         self._probed: LRUCache[str, bool] = LRUCache(PROBES_KEPT)
+        self._glances = Glances(store, runtime, config.refresh_s)
         self._safe = config.only_writer
         self.side_files = SideFiles(spill_folder(config.spill_dir))
 
@@ -79,6 +81,8 @@ class Names:
             return Entry(prefix, is_folder=True)
         if (plain := self._object(prefix, look=False)) is not None:  # from a LIST, perhaps: those need no look each
             return _plain(plain)
+        if known is None and self._shown(prefix) is None and (seen := self._glances.take(prefix)) is not None:
+            return Entry(prefix, False, seen[0], seen[1] / 1000)
         version = self._head(prefix)
         if version is not None and not version.head.deleted:
             entry, name = _entry(prefix, version), path.rpartition("/")[2]
@@ -127,13 +131,16 @@ class Names:
             elif not version.head.deleted:
                 exact = "." in name or version.head.name is not None or name + SHOWN_SUFFIX in names
                 found[name if exact else name + SHOWN_SUFFIX] = _entry(start + name, version)
-        for plain in listed:
-            name = plain.key[len(start) :]
-            if name.endswith(DATABASE_SUFFIXES) and is_prefix(plain.key) and name not in found:
-                found[name] = _plain(plain)
+        for each in listed:
+            name = each.key[len(start) :]
+            if name.endswith(DATABASE_SUFFIXES) and is_prefix(each.key) and name not in found:
+                found[name] = _plain(each)
                 with self._lock:
-                    self._objects[plain.key] = plain, now
-        return sorted(found.items())
+                    self._objects[each.key] = each, now
+        rows = sorted(found.items())
+        shown = (e for name, e in rows if "." in name and e.prefix == start + name)
+        self._glances.listed([entry.prefix for entry in shown if not (entry.is_folder or entry.is_fixed)])
+        return rows
 
     def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
@@ -189,6 +196,11 @@ class Names:
         if not self._safe:
             ensure_safe(self._store, self._root or prefix.rpartition("/")[0], self._runtime)
             self._safe = True
+
+    def learn_if_safe(self) -> None:
+        """Look whether the store is known to be, so that whoever opens a file first, be it to read, has not to wait."""
+        if not self._config.read_only:
+            self._safe = self._safe or is_known_safe(self._store, self._root)
 
     def _is_folder_lately(self, path: str) -> bool:
         """One that was a folder a moment ago still is: the kernel asks at every step of every path."""

@@ -119,6 +119,7 @@ def test_one_row_by_key(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[st
             file=sys.stderr,
         )
     assert gets(wire) <= 5
+    assert wire.rounds <= 4
     assert wire.received <= MB
 
 

@@ -5,15 +5,18 @@ import fcntl
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
+from typing import Any
 
 import click
 
 from s3blockfs import mountpoint, notify
 from s3blockfs.cli import options
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
-from s3blockfs.runtime import Runtime
+from s3blockfs.runtime import Runtime, all_of
 
 #: Set for the daemon in the background: it says on stdout when the mount answers, then lets go of its terminal.
 DAEMON_VARIABLE = "S3BLOCKFS_DAEMON"
@@ -101,9 +104,9 @@ def _serve(target: options.Target, given: str) -> int:
             _detach()
 
     with options.opened(target) as (catalog, store, runtime):
-        store.check_bucket(target.prefix)
-        for prefix in filter(None, (target.prefix, undotted(target.prefix))):
-            version = catalog.at(prefix)[1].read()
+        above = [catalog.at(each)[1].read for each in (target.prefix, undotted(target.prefix)) if each]
+        looks: list[Callable[[], Any]] = [partial(store.check_bucket, target.prefix), catalog.learn_if_safe, *above]
+        for version in all_of(runtime, looks)[2:]:
             if version is not None and not version.head.deleted:
                 raise UsageError(f"{target}: is a database, not a folder of databases; mount its parent")
         if config.metrics:

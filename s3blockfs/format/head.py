@@ -201,3 +201,16 @@ def decode(body: bytes, name: str) -> Head:
     if head.leaves and (head.leaves[0].first != 0 or any(a.first >= b.first for a, b in pairwise(head.leaves))):
         raise DamagedObject(f"{name}: leaves of the block map out of order")
     return head
+
+
+def glance(start: bytes) -> tuple[int, int] | None:
+    """(size, time in ms) from the first bytes of a head; None when they do not tell, and for a tombstone. Not verified
+    by its checksum: enough to be shown in a listing, not to be read by."""
+    line, newline, _ = start.partition(b"\n")
+    try:
+        fields = json.loads(line) if newline else {}
+        if fields["format"] > FORMAT or fields["deleted"]:
+            return None
+        return _FIELDS["size"](fields["size_bytes"]), _count(fields["time_ms"])
+    except (ValueError, TypeError, KeyError, RecursionError, DamagedObject):
+        return None

@@ -1,0 +1,129 @@
+"""`ls -l` of many databases: one small GET each, ahead of whoever asks; what it shows is what a look would show."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from engine import World
+
+from s3blockfs.catalog import Catalog
+from s3blockfs.format.head import glance
+from s3blockfs.glances import AHEAD, IN_A_ROW
+
+COUNT = 100
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Databases of different sizes, one of them deleted."""
+    with World() as made:
+        machine = made.machine(faulty=False)
+        for number in range(COUNT):
+            machine.create(f"{number:03d}.db", exclusive=True).truncate(number * 4096)
+            database = machine.open(f"{number:03d}.db")
+            database.close_handle(0)
+        machine.remove("077.db")
+        yield made
+
+
+def sites(world: World) -> Counter[str]:
+    found = Counter(call.site for call in world.store.calls if call.operation == "GET")
+    world.store.calls.clear()
+    return found
+
+
+def sizes(machine: Catalog, names: list[str]) -> list[int]:
+    return [entry.size for name in names if (entry := machine.lookup(name)) is not None]
+
+
+def listed(machine: Catalog, world: World) -> list[str]:
+    names = [name for name, _ in machine.listing("")]
+    world.store.calls.clear()
+    return names
+
+
+def test_names_asked_for_in_order_are_looked_at_once_and_ahead(world: World) -> None:
+    """The kernel asks for each several times."""
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+    assert len(names) == COUNT - 1
+    ahead = []
+    for at, name in enumerate(names):
+        for _ in range(3):
+            assert sizes(machine, [name]) == [int(name[:3]) * 4096]
+        ahead.append(sum(call.operation == "GET" for call in world.store.calls) - at - 1)
+    assert max(ahead) >= AHEAD // 2
+    asked = sites(world)
+    assert asked.total() <= COUNT + 3
+    assert asked["glance"] >= COUNT - IN_A_ROW - 3
+
+
+@pytest.mark.parametrize("step", [2, -1])
+def test_names_in_another_order_are_not_looked_at_ahead(world: World, step: int) -> None:
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)[::step]
+    assert sizes(machine, names[:20]) == [int(name[:3]) * 4096 for name in names[:20]]
+    assert sites(world)["glance"] == 0
+
+
+def test_what_was_seen_too_long_ago_is_looked_at_again(world: World) -> None:
+    """A reader that is slow gets the truth, and less and less is looked at in vain."""
+    machine, writer = world.machine(refresh_s=1.0), world.machine(faulty=False)
+    names = listed(machine, world)
+    for name in names[:70]:
+        sizes(machine, [name])
+    database = writer.open("075.db")
+    database.truncate(4096)
+    database.close_handle(0)
+    sites(world)
+    for name in names[70:]:
+        world.runtime.sleep(2)
+        assert sizes(machine, [name]) == [4096 if name == "075.db" else int(name[:3]) * 4096]
+    assert sites(world)["glance"] <= COUNT
+
+
+def test_nothing_is_looked_at_ahead_where_every_look_counts(world: World) -> None:
+    machine = world.machine(refresh_s=0.0)
+    sizes(machine, listed(machine, world)[:20])
+    assert sites(world)["glance"] == 0
+
+
+def test_a_database_deleted_after_the_listing_is_gone(world: World) -> None:
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+    world.machine(faulty=False).remove("050.db")
+    assert len(sizes(machine, names)) == COUNT - 2
+
+
+def test_one_that_is_open_shows_its_own_size(world: World) -> None:
+    """Also what is not published yet, and what was published here a moment ago."""
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+    database = machine.open("060.db")
+    for name in names[:58]:
+        sizes(machine, [name])
+    database.truncate(4096)
+    database.close_handle(0)
+    assert sizes(machine, ["058.db", "059.db", "060.db"]) == [58 * 4096, 59 * 4096, 4096]
+    machine.release(database)
+    assert sizes(machine, ["060.db"]) == [4096]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"{}\n", b"[]\n", b"7\n", b"{", b"\xff\n", b'{"format":1}\n', b"[" * 9000 + b"\n"]
+    + [
+        b'{"format":9,"deleted":false,"size_bytes":1,"time_ms":1}\n',
+        b'{"format":1,"deleted":true,"size_bytes":1,"time_ms":1}\n',
+        b'{"format":1,"deleted":false,"size_bytes":-1,"time_ms":1}\n',
+        b'{"format":"1","deleted":false,"size_bytes":1,"time_ms":1}\n',
+        b'{"format":1,"deleted":false,"size_bytes":1,"time_ms":"x"}\n',
+        b'{"format":1,"deleted":false,"size_bytes":1,"time_ms":1}',
+    ],
+)
+def test_what_does_not_tell_is_left_to_a_look(start: bytes) -> None:
+    """Rubbish, tombstones, newer formats, and a line that did not fit."""
+    assert glance(start) is None
+    assert glance(b'{"format":1,"deleted":false,"size_bytes":8192,"time_ms":5}\n') == (8192, 5)
