@@ -36,6 +36,7 @@ class Config:
     lease_s: float = _option(10.0, "when another writer's unchanged lease may be taken over; 0 takes no leases")
     group_commit_s: float = _option(1.0, "how long commits in WAL mode with synchronous=NORMAL may wait", mount=True)
     retain_s: float = _option(24 * HOUR_S, "how long replaced states are kept, at least 1h")
+    exclusive: bool = _option(False, "keep the lease of every database that is open here; no WAL", mount=True)
     read_only: bool = _option(False, "refuse to write")
     only_writer: bool = _option(False, "promise that nobody else ever writes: for stores without conditional PUTs")
     spill_dir: str | None = _option(None, "where uncommitted bytes are kept (default: $TMPDIR or /var/tmp)")

@@ -18,8 +18,9 @@ from types import SimpleNamespace
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
-from s3blockfs.errors import AccessDenied, Immutable, S3BlockFSError
-from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, Operations, context_pid
+from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
+from s3blockfs.exclusive import ExclusiveDatabase
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache
 from s3blockfs.locks import TO_END, Kind, Level
@@ -55,14 +56,17 @@ class FileSystem(Operations):
         """`on_ready` is called once, on a thread of its own, when the mount answers."""
         self._catalog, self._config, self._runtime, self._on_ready = catalog, config, runtime, on_ready
         self._names = MountedNames(catalog)
-        if not config.read_only:  # who may not write `-wal` and `-shm` is shown a database in rollback mode
+        if config.exclusive:
+            catalog.kind = ExclusiveDatabase
+            self.lock = None  # type: ignore[assignment]  # so the kernel decides by itself
+        elif not config.read_only:  # who may not write `-wal` and `-shm` is shown a database in rollback mode
             catalog.kind = WalDatabase
         self._mountpoint = os.path.realpath(mountpoint)
         self._ending = False
         self._lock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
-        self._kernel = KernelCache(self, config.refresh_s)
+        self._kernel = KernelCache(self, config.refresh_s, config.exclusive)
         self.timeouts = self._kernel.timeouts
         uid, gid = config.uid, config.gid
         self._owner = {"st_uid": os.getuid() if uid is None else uid, "st_gid": os.getgid() if gid is None else gid}
@@ -199,17 +203,18 @@ class FileSystem(Operations):
 
     def open(self, path: str, info: FileInfo) -> None:
         if is_side_file(path):
-            handle, writes = self._add_handle(info, self._side(path)), False
+            try:
+                handle, writes = self._add_handle(info, self._side(path)), False
+            except FileNotFoundError:
+                raise LookAgain(path) from None
         else:
             if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
                 self._names.changeable(path)
-            database = self._names.open(path)
             try:
-                self._kernel.require_current(path, database)
-            except BaseException:
-                self._catalog.release(database)
-                raise
-            handle = self._add_database(info, database)
+                database = self._names.open(path)
+            except DatabaseNotFound as error:
+                raise LookAgain(path) from error
+            handle = self._add_database(info, database, path)
         try:
             if writes and isinstance(handle.file, Plain):
                 raise Immutable(f"{path}: a plain object, read-only; `s3blockfs import` makes a database of it")
@@ -238,6 +243,7 @@ class FileSystem(Operations):
         if offset == 0 and not is_hot(data[:1]) and len(data) >= HEADER_BYTES:
             self._before_finalising(file)  # journal_mode=PERSIST zeroes the header
         elif offset == 0 and is_hot(data[:1]) and (database := self._database_of(file)):
+            self._kernel.inode_of(database)
             database.journal_begins()
         if (logged := self._log_of(file)) is not None:
             logged.log_write(offset)
@@ -251,12 +257,13 @@ class FileSystem(Operations):
         if is_side_file(path):
             return self._truncate_side(self._side(path), length)
         database = self._catalog.open(self._names.changeable(path))
+        self._hold(database)
         try:  # truncate(2): there is no handle whose close could publish it
             self._catalog.require_writable()
             database.truncate(length)
             database.close_handle(context_pid())
         finally:
-            self._catalog.release(database)
+            self._release(database)
 
     def fsync(self, path: str | None, datasync: int, info: FileInfo) -> None:
         handle = self._handles[info.fh]
@@ -276,10 +283,11 @@ class FileSystem(Operations):
                 indexed.index_closes(info.lock_owner)
             return
         self._kernel.inode_of(database)
-        if database.owner_closes(info.lock_owner):
+        owner = context_pid() if isinstance(database, ExclusiveDatabase) else info.lock_owner
+        if database.owner_closes(owner):
             with self._lock:
                 for other in self._handles.values():
-                    if other.file is database and info.lock_owner in other.owners:
+                    if other.file is database and owner in other.owners:
                         other.failed = True
             if handle.wrote:  # not SQLite, which unlocks before it closes: do not let it think that it was written
                 raise OSError(errno.EIO, f"{database.path}: closed in the middle of a transaction, which is lost")
@@ -294,7 +302,7 @@ class FileSystem(Operations):
             if isinstance(database, SideFile):
                 return
         self._kernel.closed(database)
-        self._catalog.release(database)
+        self._release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
 
@@ -357,7 +365,10 @@ class FileSystem(Operations):
         try:
             publish()
         except BaseException:
-            handle.failed |= not database.locks.writers()
+            if isinstance(database, ExclusiveDatabase):
+                handle.failed |= not database.may_roll_back
+            else:
+                handle.failed |= not database.locks.writers()
             raise
 
     @staticmethod
@@ -412,9 +423,36 @@ class FileSystem(Operations):
         database = self._catalog.opened_at(stem) if dash + kind in SUFFIXES else None
         return path[1:] if database is None else f"{database.path}-{kind}"
 
-    def _add_database(self, info: FileInfo, database: Database) -> _Handle:
+    def _add_database(self, info: FileInfo, database: Database, looked_up: str | None = None) -> _Handle:
+        """`looked_up`: the kernel knows its attributes by that path."""
+        self._hold(database)
+        try:
+            if looked_up is not None:
+                self._kernel.require_current(looked_up, database)
+        except BaseException:
+            self._release(database)
+            raise
         self._kernel.opened(database, info)
-        return self._add_handle(info, database)
+        handle = self._add_handle(info, database)
+        if isinstance(database, ExclusiveDatabase):
+            handle.owners.add(context_pid())
+        return handle
+
+    def _hold(self, database: Database) -> None:
+        """With `--exclusive` take the lease for it; if that fails, let it go."""
+        try:
+            if isinstance(database, ExclusiveDatabase):
+                if context_pid() == 0:  # its locks could not be seen, nor its death
+                    raise OSError(errno.EPERM, "with --exclusive processes of other PID namespaces are not served")
+                database.hold(self.mounted.interrupted)
+        except BaseException:
+            self._catalog.release(database)
+            raise
+
+    def _release(self, database: Database) -> None:
+        if isinstance(database, ExclusiveDatabase):
+            database.let_go()
+        self._catalog.release(database)
 
     def _add_handle(self, info: FileInfo, file: Database | SideFile) -> _Handle:
         handle = _Handle(file, Readahead(self._config.readahead_size))

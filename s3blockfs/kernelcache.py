@@ -20,7 +20,9 @@ from weakref import WeakKeyDictionary
 from cachetools import LRUCache
 
 from s3blockfs.database import Database, Plain
+from s3blockfs.exclusive import ExclusiveDatabase
 from s3blockfs.fuse_binding import FileInfo, LookAgain, Operations
+from s3blockfs.locks import Kind, Lock
 from s3blockfs.sidefiles import SideFile
 from s3blockfs.walmode import WalDatabase
 
@@ -32,22 +34,26 @@ SHORT_S = 0.5  # with such an interval `open` could find another size time and a
 class Shown:
     """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are.
     `stale`: they have to go and could not be dropped, because the inode number was not known. `moved`: it was renamed,
-    and the kernel gave its inode and pages to another database, so what has this one open must not fill them."""
+    and the kernel gave its inode and pages to another database, so what has this one open must not fill them. `direct`:
+    it must not fill the pages of its inode, through which others still read that lost it."""
 
     handles: int = 0
     inode: int | None = None
     pages_of: bytes | None = None
     stale: bool = False
     moved: bool = False
+    direct: bool = False
 
 
 class KernelCache:
     """That of one mount."""
 
-    def __init__(self, face: Operations, refresh_s: float) -> None:
-        self._face = face
+    def __init__(self, face: Operations, refresh_s: float, exclusive: bool) -> None:
+        self._face, self._exclusive = face, exclusive
         self._attributes_s = refresh_s if refresh_s >= SHORT_S else 0
         self.timeouts = {"negative_timeout": str(refresh_s / 2), "attr_timeout": str(self._attributes_s)}
+        if exclusive:  # the engine removes journals of the dead only, and `open` finds out about the rest
+            self.timeouts["entry_timeout"] = str(self._attributes_s)
         self._sizes: LRUCache[str, int] = LRUCache(SIZES_KEPT)
         self._lock = threading.Lock()
         self._shown: WeakKeyDictionary[Database, Shown] = WeakKeyDictionary()
@@ -72,16 +78,24 @@ class KernelCache:
         """One more handle: fills in what the kernel may keep."""
         with self._lock:
             shown = self._shown.setdefault(database, Shown())
+            if shown.handles == 0 and self._exclusive:
+                shown.direct = any(_is_lost(other) for other, at in self._shown.items() if at.handles)
             shown.handles += 1
             # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
             current = shown.inode is not None or shown.pages_of == database.version.head.commit
             info.keep_cache = int(current and not shown.stale)
             # An inode has one page cache, for whichever versions of an object were opened under its name.
-            info.direct_io = int(isinstance(database, Plain))
+            info.direct_io = int(isinstance(database, Plain) or shown.direct)
             database.on_moved = partial(self.invalidate, database)
             if isinstance(database, WalDatabase):
                 database.forget_pages = self.forget_pages
+            if isinstance(database, ExclusiveDatabase):
+                database.kernel_locks.look = partial(self._locks_of, shown)
             return shown
+
+    def _locks_of(self, shown: Shown) -> list[Lock]:
+        found = set() if shown.inode is None else self._face.mounted.locks(shown.inode)
+        return [Lock(pid, Kind.WRITE if writes else Kind.READ, start, end, pid) for writes, pid, start, end in found]
 
     def closed(self, database: Database) -> None:
         with self._lock:
@@ -104,7 +118,7 @@ class KernelCache:
     def inode_of(self, database: Database) -> None:
         """Learn the inode number while a handle keeps it alive: the kernel's own number is what stat shows."""
         shown = self._shown[database]
-        if shown.inode is not None or database.is_gone:
+        if shown.inode is not None or (database.is_gone and not _is_lost(database)):
             return
         try:
             inode = self._face.mounted.inode(f"/{database.path}")
@@ -124,6 +138,8 @@ class KernelCache:
         with self._lock:
             inode = shown.inode
             shown.stale = inode is None
+        if inode is None and _is_lost(database):  # it was only read; the inode is still that of its path
+            self.inode_of(database)
         if inode is not None:
             try:
                 self._face.mounted.invalidate_inode(inode)
@@ -138,3 +154,7 @@ class KernelCache:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTCONN):
                 raise
+
+
+def _is_lost(database: Database) -> bool:
+    return isinstance(database, ExclusiveDatabase) and database.is_lost

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from s3blockfs.config import Config
-from s3blockfs.errors import Busy, S3BlockFSError
+from s3blockfs.errors import Busy, DatabaseGone, S3BlockFSError
 from s3blockfs.format import head as codec
 from s3blockfs.format.head import Head
 from s3blockfs.head import HeadFile
@@ -126,6 +126,11 @@ class Lease:
                 self._acquire(base)
             self._user = user
 
+    def is_lost(self, user: Hashable) -> bool:
+        """Whether it was taken from `user`, as far as is known: not that it merely could not be renewed."""
+        latest = self.heads.latest
+        return self._user == user and not (self._held and latest is not None and self._is_own(latest.head.lease))
+
     def stays(self) -> None:
         """The next commit happens while a transaction is open that it does not end: it must not pass the lease on."""
         self._session = True
@@ -221,6 +226,8 @@ class Lease:
             self._held = using  # given back as soon as that is sent: others may go on before the answer comes
             try:
                 self._swap(latest, self._require_own, self._new if using else self._next)
+            except DatabaseGone:
+                self._held = False
             except S3BlockFSError as error:  # politeness only: others take it over after a while
                 log.info("%s: the lease was not %s: %s", self.heads.prefix, "renewed" if using else "given back", error)
 

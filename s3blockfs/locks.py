@@ -54,9 +54,9 @@ class Lock(NamedTuple):
 class RangeLocks:
     """The byte-range locks of one file, with the semantics of fcntl(2): advisory, per owner, per byte."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: list[Lock] | None = None) -> None:
         self._changed = threading.Condition()
-        self._held: list[Lock] = []
+        self._held = held or []
 
     def __iter__(self) -> Iterator[Hashable]:
         """The owners that hold something now."""

@@ -55,7 +55,7 @@ def prepare(client: Client, mode: str) -> None:
     client(f"INSERT INTO t(x) SELECT randomblob(500) FROM ({numbers(2000)})", "SELECT sum(length(x)) FROM t")
 
 
-@pytest.mark.parametrize("mode", ["DELETE", "PERSIST", "WAL"])
+@pytest.mark.parametrize("mode", ["DELETE", "PERSIST", "WAL", "DELETE, exclusive"])
 def test_what_a_statement_costs(
     place: Place,
     tmp_path: Path,
@@ -65,11 +65,12 @@ def test_what_a_statement_costs(
     mode: str,
 ) -> None:
     """As the table says, and no less: better figures are to be written down. SQLite's versions differ a bit."""
+    options = ("--exclusive",) if "exclusive" in mode else ()
     with (
-        mounted(place.via(proxy.url), tmp_path, refresh=FOREVER, traced=True) as mount,
+        mounted(place.via(proxy.url), tmp_path, *options, refresh=FOREVER, traced=True) as mount,
         Client(mount / "a.db") as client,
     ):
-        prepare(client, mode)
+        prepare(client, mode.partition(",")[0])
         for name, each in statements(client):
             kernel, s3, asked = cost(mount, proxy, client, *each)
             with capsys.disabled():

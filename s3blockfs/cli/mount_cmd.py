@@ -89,6 +89,8 @@ def _serve(target: options.Target, given: str) -> int:
     from s3blockfs.names import undotted
 
     config, in_background = options.settings().config, os.environ.pop(DAEMON_VARIABLE, None)
+    if config.exclusive and (config.read_only or not config.lease_s):
+        raise UsageError("--exclusive means to hold leases: leave out --read-only and --lease 0")
     mountpoint.require()
     if mountpoint.clear_dead_mount(given):
         options.complain(f"cleared a dead mount on {given}")
