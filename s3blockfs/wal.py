@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24
 
+INDEX_HEADERS_BYTES = 96  # two copies, by which SQLite judges an index; how far checkpoint and readers are comes next
+
 _MAGIC, _VERSION = 0x377F0682, 3007000  # the lowest bit of the magic: checksums take words as big-endian
 _HEADER, _FRAME = struct.Struct(">IIIIIIII"), struct.Struct(">II8sII")
 _PAGE_SIZES = {1 << n for n in range(9, 17)}
@@ -43,6 +45,12 @@ class Committed(NamedTuple):
     end: Position
 
 
+def has_index(headers: bytes) -> bool:
+    """Whether these are two good headers of an index, by all that a writer that died in between may have left."""
+    half = INDEX_HEADERS_BYTES // 2
+    return any(headers) and headers[:half] == headers[half:]
+
+
 def checksum(words: str, data: bytes, sums: Sums = (0, 0)) -> Sums:
     """Continue `sums` over `data`, whose length is a multiple of 8."""
     first, second = sums
@@ -69,6 +77,13 @@ def empty(page_size: int, salts: bytes) -> bytes:
     """A log without frames. SQLite copies the salts into its index when it recovers that, so connections notice."""
     head = struct.pack(">IIII8s", _MAGIC, _VERSION, page_size, 0, salts)
     return head + struct.pack(">II", *checksum("<", head)) + b"\0"  # of 32 bytes SQLite would not look at the header
+
+
+def empty_index(salts: bytes) -> bytes:
+    """The beginning of its index, as SQLite makes it."""
+    one = struct.pack("=IIIBBHIIQ8s", _VERSION, 0, 0, 1, 0, 0, 0, 0, 0, salts)
+    one += struct.pack("=II", *checksum("=", one))
+    return one + one + struct.pack("=6I16x", 0, 0, *[0xFFFFFFFF] * 4)
 
 
 def committed(read: Reader, since: Position) -> Committed | None:

@@ -34,10 +34,6 @@ log = logging.getLogger(__name__)
 #: Bytes of `-shm` that SQLite locks: https://sqlite.org/walformat.html#wal_locks
 WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 
-#: Of the index: two copies of its header, by which SQLite judges it, and how far the checkpoint and the readers are.
-INDEX_HEADERS_BYTES, INDEX_START_BYTES = 96, 136
-
-
 #: While readers that overlap keep an old state, new ones wait for so long (SQLite takes 10 s of it for an error), then
 #: not for so long; twice as long each time that it was in vain. How often to look for a newer state for them, at most.
 HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0
@@ -57,6 +53,7 @@ class WalDatabase(Database):
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
         self._pause_s, self._hold_after_s = PAUSE_S, 0.0
+        self._begun = False  # who has the write lock is in a transaction
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -134,12 +131,13 @@ class WalDatabase(Database):
     def _is_read(self, owner: Hashable) -> bool:
         if self._log() is None:
             return super()._is_read(owner)
-        reads = self.index_locks.test(None, Kind.WRITE, FIRST_READ, LAST_READ) is not None
-        return reads or self._is_changed()
+        if not self._is_unbegun(owner) or self.index_locks.holds(owner, CHECKPOINT, LAST_READ):
+            owner = None  # its own locks count, too
+        return bool(self.index_locks.test(owner, Kind.WRITE, FIRST_READ, LAST_READ)) or self._is_changed(owner)
 
-    def _is_changed(self) -> bool:
-        """Whether anybody may be writing to the index."""
-        return self.index_locks.test(None, Kind.READ, WRITE, LAST_READ) is not None or self._is_exclusive()
+    def _is_changed(self, owner: Hashable) -> bool:
+        """Whether anybody else may be writing to the index."""
+        return bool(self.index_locks.test(owner, Kind.READ, WRITE, LAST_READ)) or self._is_exclusive()
 
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
         if self._log() is None:
@@ -153,36 +151,38 @@ class WalDatabase(Database):
 
     def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery of the index,
-        or for a checkpoint."""
-        begins = kind is Kind.WRITE and start == end == WRITE and self.index_locks.holds(owner, FIRST_READ, LAST_READ)
+        or for a checkpoint; or of a SQLite that waits for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
+        writes, reads = kind is Kind.WRITE and start == end == WRITE, kind is Kind.READ and start >= FIRST_READ
+        reads, shares = reads and end <= LAST_READ, self.index_locks.holds(owner, FIRST_READ, LAST_READ)
+        checks = self.index_locks.holds(owner, CHECKPOINT, CHECKPOINT)
+        begins = writes and (shares or (self._writer() is None and not checks and self._has_index()))
         if begins and self._header is None:
             self._lease.ask(owner)
         with self._gate:
             self._require_settled()
-            if kind is Kind.READ and start >= FIRST_READ and end <= LAST_READ:
+            if reads or (writes and not shares):
                 self._refresh(self._config.refresh_s, owner)  # SQLite looks at the index's header again after this
-            elif self._header is not None and start <= CHECKPOINT:  # to recover the index, which has to wait
-                self._refresh(self._config.refresh_s, owner)
+            if self._header is not None and start <= CHECKPOINT:  # to recover the index, which has to wait
                 if self._is_read(owner):
                     raise Busy(f"{self._label}: a newer state waits for readers to finish")
-                self._header = None  # nobody reads any more, so it may go on also if no newer state can be had
-                begins = False
+                self._header = None  # also if no newer state can be had
+            begins = begins or (reads and self._is_unbegun(owner) and not checks)
             if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
             if begins:  # locked already: a commit in the background must not give the lease away any more
                 try:
                     self._begin_write_in_log(owner)
+                    self._begun = True
                 except BaseException:
                     self.index_locks.unlock(owner, start, end)
                     raise
 
     def unlock_index(self, owner: Hashable, start: int, end: int) -> None:
         with self._gate:
-            writer = self._writer()
-            ends = writer is not None and writer.owner == owner and start <= WRITE <= end
+            ends = start <= WRITE <= end and (writer := self._writer()) is not None and writer.owner == owner
             if ends:
                 self._note_commits()
-                self._broken = False
+                self._broken = self._begun = False
             self.index_locks.unlock(owner, start, end)
             if ends and not self._pending:
                 self._lease.done(self)
@@ -193,10 +193,20 @@ class WalDatabase(Database):
             return
         with self._gate, self._changing():
             self._cut(self._end)
-            self._spoil_index(INDEX_HEADERS_BYTES)  # it may not know what the last sync has published
+            self._spoil_index()  # it may not know what the last sync has published
 
     def _writer(self) -> Any:
         return self.index_locks.test(None, Kind.READ, WRITE, WRITE)
+
+    def _has_index(self) -> bool:
+        """Whether SQLite will find a header of the index. Nobody is writing."""
+        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
+            self.forget_pages(index)
+        return index is not None and wal.has_index(index.read(0, wal.INDEX_HEADERS_BYTES))
+
+    def _is_unbegun(self, owner: Hashable) -> bool:
+        """Whether it has the write lock, and no transaction yet."""
+        return not self._begun and (writer := self._writer()) is not None and writer.owner == owner
 
     def _begin_write_in_log(self, owner: Hashable) -> None:
         self._require_writable()
@@ -212,11 +222,11 @@ class WalDatabase(Database):
             self.checked_s = now
         self._lease.granted(owner)
 
-    def _spoil_index(self, size: int) -> None:
-        """SQLite will recover it."""
+    def _spoil_index(self, start: bytes = bytes(wal.INDEX_HEADERS_BYTES)) -> None:
+        """Without a header SQLite will recover it."""
         self._header = None
         if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
-            self._write_index(index, bytes(size))
+            self._write_index(index, start if index.size >= len(start) else b"")
 
     def _write_index(self, index: SideFile, data: bytes) -> None:
         """The kernel would write what it has over that, and show it."""
@@ -230,7 +240,7 @@ class WalDatabase(Database):
         reads has a copy of it; who begins finds none, and SQLite asks for the lock to recover it for some time."""
         with self._gate, contextlib.suppress(S3BlockFSError):
             now, index = self._source.runtime.monotonic(), self._side_files.get(self.path + INDEX_SUFFIX)
-            if index is None or self._is_changed():
+            if index is None or self._is_changed(None):
                 return  # what SQLite writes there meanwhile, the kernel would write over what is written here
             if self._header is not None and now - self._header[1] >= HELD_BACK_S and self._is_read(None):
                 self._write_index(index, self._header[0])
@@ -238,12 +248,12 @@ class WalDatabase(Database):
                 self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
                 return
             self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
-            if self._header is not None or self._behind_s is None or now < self._hold_after_s:
-                return
-            if self._refused or now - self._behind_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S):
+            is_due = self._header is None and self._behind_s is not None and now >= self._hold_after_s
+            waited_s = now - (self._behind_s or now)
+            if is_due and (self._refused or waited_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S)):
                 self.forget_pages(index)
-                self._header = index.read(0, INDEX_HEADERS_BYTES), now
-                self._write_index(index, bytes(INDEX_HEADERS_BYTES))
+                self._header = index.read(0, wal.INDEX_HEADERS_BYTES), now
+                self._write_index(index, bytes(wal.INDEX_HEADERS_BYTES))
 
     # --- the log ---------------------------------------------------------------------------------------
 
@@ -291,6 +301,7 @@ class WalDatabase(Database):
                 self._scan()
                 self._flush()
             self._rebase()
+            self.index_locks = RangeLocks()  # the index was unlinked before, so the last unlock did not arrive
             if self.is_logged:
                 self._forget_log()
                 self._moved = True  # the kernel has the change counter that was written here
@@ -366,7 +377,7 @@ class WalDatabase(Database):
         """SQLite is about to overwrite what looked committed: an error came between the frames and the index."""
         with self._gate, self._changing(), self._log_mutex:
             if self._published is None or offset < self._published.end:
-                self._spoil_index(INDEX_HEADERS_BYTES)
+                self._spoil_index()
                 raise OSError(errno.EIO, f"{self._label}: transactions that were published would be overwritten")
             self._end = self._published
             self._pending.clear()
@@ -392,19 +403,19 @@ class WalDatabase(Database):
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by
-        its salts that what is in their caches is old: after a recovery nothing else in the index tells them."""
+        its salts that what is in their caches is old: nothing else in its index tells them."""
         if self._pending:
             log.error("%s: others committed; transactions that were not yet in S3 are lost", self._label)
         if self._ahead is not None:
             self._view.move(self._ahead.snapshot)
         self._forget_log()
-        self._spoil_index(INDEX_START_BYTES)
         self._pause_s, self._hold_after_s = PAUSE_S, 0.0
         if (file := self._log()) is not None:
             size = header.page_size(self._view.read(0, header.HEADER_BYTES).ljust(18, b"\0")) or 4096
             file.truncate(0)
-            file.write(0, wal.empty(size, self._source.runtime.token(8)))
+            file.write(0, wal.empty(size, salts := self._source.runtime.token(8)))
             self.forget_pages(file)
+            self._spoil_index(wal.empty_index(salts))  # no recovery: some writers do that with the write lock
 
     # --- the end, and time -----------------------------------------------------------------------------
 
@@ -420,7 +431,7 @@ class WalDatabase(Database):
         if self.is_logged and not list(self.locks):
             with contextlib.suppress(RuntimeError):
                 self._source.runtime.submit(self._tidy)
-        if self._log() is not None and self._is_read(None) and now - self.checked_s >= self._config.refresh_s:
+        elif self._log() is not None and self._is_read(None) and now - self.checked_s >= self._config.refresh_s:
             with contextlib.suppress(RuntimeError):
                 self._source.runtime.submit(self._hold_back)
 

@@ -6,11 +6,14 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
-from mounting import PATIENCE_S, Client, Place, fresh_name, sqlite
+from mounting import PATIENCE_S, Client, Place, SqlError, fresh_name, mounted, numbers, sqlite
 from pairs import Pair, same_everywhere, two_mounts
 
 pytestmark = pytest.mark.mount
@@ -124,3 +127,143 @@ def test_overlapping_threads(pair: Pair, seconds: float, capsys: pytest.CaptureF
     assert took and max(took) < 30
     time.sleep(REFRESH_S + 0.1)
     assert same_everywhere(pair, name, "SELECT n FROM w") == str(len(took))
+
+
+#: A connection of APSW, whose SQLite is built to wait for the write lock before it reads.
+WAITING = """
+import apsw, sys
+assert "ENABLE_SETLK_TIMEOUT" in apsw.compile_options
+db = apsw.Connection(sys.argv[1])
+db.set_busy_timeout(1000)
+for line in sys.stdin:
+    try:
+        print(list(db.execute(line)), flush=True)
+    except apsw.Error as error:
+        print(type(error).__name__, error, flush=True)
+"""
+
+
+def test_a_library_that_locks_before_it_reads(pair: Pair) -> None:
+    """Its transactions have the lease from their beginning, on the newest state, also after a recovery of the index."""
+    name = fresh_name()
+    sqlite(pair.elsewhere / name, "PRAGMA journal_mode=WAL", "CREATE TABLE t(a)")
+    line, pipe = [sys.executable, "-c", WAITING, str(pair.here / name)], subprocess.PIPE
+    with Client(pair.elsewhere / name) as other, subprocess.Popen(line, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(statement: str) -> str:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(statement + "\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        try:
+            for number in range(4):
+                assert ask("BEGIN IMMEDIATE") == "[]"
+                with pytest.raises(SqlError, match="locked"):
+                    other("INSERT INTO t VALUES (0)")
+                assert ask("SELECT count(*) FROM t") == f"[({2 * number},)]"
+                assert ask("INSERT INTO t VALUES (1)") == ask("COMMIT") == "[]"
+                other("PRAGMA busy_timeout=20000", "INSERT INTO t VALUES (2)", "PRAGMA busy_timeout=0")
+            other("BEGIN IMMEDIATE", "INSERT INTO t VALUES (3)")
+            assert ask("BEGIN IMMEDIATE") == "BusyError database is locked"
+            other("COMMIT")
+            assert ask("INSERT INTO t VALUES (4)") == "[]"
+        finally:
+            process.kill()
+    time.sleep(REFRESH_S + 0.1)
+    assert same_everywhere(pair, name, "SELECT group_concat(a, '') FROM t") == "1212121234"
+
+
+#: Polls 50 times a second, each file in turn: some threads, each with a connection that stays open, or a new one each
+#: time. Prints how many looks, and the n that were seen in the order of time.
+POLLING = """
+import json, sqlite3, sys, threading, time
+seconds, threads, anew, paths = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "anew", sys.argv[4:]
+looks, seen, until = 0, [], time.monotonic() + seconds
+def poll():
+    global looks
+    kept = {path: sqlite3.connect(path, isolation_level=None, timeout=20) for path in paths}
+    while time.monotonic() < until:
+        began = time.monotonic()
+        for path in paths:
+            db = sqlite3.connect(path, isolation_level=None, timeout=20) if anew else kept[path]
+            [(n,)] = db.execute("SELECT n FROM t WHERE i = 1")
+            looks += 1
+            if anew:
+                db.close()
+            if [path, n] not in seen:
+                seen.append([path, n])
+        time.sleep(max(began + 0.02 - time.monotonic(), 0))
+workers = [threading.Thread(target=poll) for _ in range(threads)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
+print(json.dumps([looks, [n for _, n in seen]]))
+"""
+
+
+def polled(seconds: float, *paths: Path, threads: int = 1, processes: int = 1, anew: bool = False) -> tuple[int, int]:
+    """By so many processes: how often they looked, and how many values of one file a process saw at least."""
+    line = [sys.executable, "-c", POLLING, str(seconds), str(threads), "anew" if anew else "", *map(str, paths)]
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen(line, stdout=subprocess.PIPE)) for _ in range(processes)]
+        for process in running:
+            stack.callback(process.kill)
+        said = [json.loads(process.communicate(timeout=PATIENCE_S)[0]) for process in running]
+    assert all(seen == sorted(seen) for _, seen in said) or len(paths) > 1
+    return sum(looks for looks, _ in said), min(len(seen) for _, seen in said)
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_following_costs_one_conditional_get_an_interval(
+    pair: Pair, tmp_path: Path, seconds: int, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a read-only mount, for each database in use and however many use it; nothing for others."""
+    first, second, idle = (fresh_name() for _ in range(3))
+    for name in (first, second, idle):
+        sqlite(pair.elsewhere / name, f"PRAGMA journal_mode={mode}", "CREATE TABLE t(i INTEGER PRIMARY KEY, n, filler)")
+        sqlite(pair.elsewhere / name, f"INSERT INTO t SELECT i, 0, randomblob(900) FROM ({numbers(200)})")
+    daemon = mounted(pair.place.via(pair.proxy.url), tmp_path, "--read-only", refresh=str(REFRESH_S))
+    with daemon as mount, Client(mount / idle) as kept, Client(pair.elsewhere / first) as writer:
+        kept("SELECT count(*) FROM t")
+        polled(0.1, mount / first, mount / second)
+
+        def asked(what: str, paths: list[Path], **options: Any) -> tuple[int, int]:
+            """The GETs of heads that were not 304, and the values seen."""
+            pair.proxy.reset()
+            began = time.monotonic()
+            looks, values = polled(seconds, *paths, **options)
+            spent = time.monotonic() - began
+            requests = [each for each in pair.proxy.requests if "/head" in each.path]
+            new = sum(each.status != 304 for each in requests)
+            others = len(pair.proxy.requests) - len(requests)
+            with capsys.disabled():
+                text = (
+                    f"{looks} looks in {seconds} s: {len(requests)} GETs of heads, {new} of them 200, {others} others"
+                )
+                print(f"\n{mode}, {what}: {text}")
+            assert all(each.method == "GET" and idle not in each.path for each in pair.proxy.requests)
+            assert all(each.status == 304 or each.status == 200 for each in requests)
+            assert seconds * 0.8 - 1 <= len(requests) / len(paths) <= spent / REFRESH_S + 1
+            assert others <= 2 * new  # what was read of a commit, and no more
+            return new, values
+
+        assert asked("one reader", [mount / first]) == (0, 1)
+        assert asked("two databases", [mount / first, mount / second]) == (0, 2)
+        assert asked("new connections", [mount / first], anew=True) == (0, 1)
+        assert asked("12 readers in three processes", [mount / first], threads=4, processes=3) == (0, 1)
+        with contextlib.ExitStack() as stack:
+            enough = threading.Event()
+
+            def write() -> None:
+                while not enough.wait(0.3):
+                    writer("UPDATE t SET n = n + 1 WHERE i <= 3")
+
+            thread = threading.Thread(target=write)
+            stack.callback(thread.join)
+            stack.callback(enough.set)
+            thread.start()
+            new, values = asked("with commits elsewhere", [mount / first])
+            assert new >= 1 and seconds * 0.6 - 1 <= values <= new + 1
