@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 #: Everything a test waits for; the machine may be busy.
 PATIENCE_S = 60.0
@@ -271,6 +271,24 @@ def fresh_name(kind: str = "db") -> str:
 
 def _changed(environment: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
     return {k: v for k, v in (dict(environment) | dict(changes)).items() if v is not None}
+
+
+# --- what a daemon takes ------------------------------------------------------------------------------------
+
+#: What memory may differ by without a reason: arenas of malloc, threads that come and go.
+SLACK_BYTES = 12 << 20
+#: Small caches are full soon, and then nothing may grow any more.
+SMALL = "--cache-size", "4M", "--memory", "8M"
+
+
+class Usage(NamedTuple):
+    descriptors: int
+    memory_bytes: int
+
+
+def usage(pid: int) -> Usage:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return Usage(len(list(Path(f"/proc/{pid}/fd").iterdir())), pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 # --- a connection in another process ------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Random file operations on a mount, and the same in a local folder: the same results and errno; at the end a second
-machine sees the same tree. MODEL_SEED=7 repeats a run, MODEL_STEPS makes it longer.
+machine sees the same tree. MODEL_SEED=7 repeats a run, MODEL_STEPS makes it longer; MODEL_SECONDS is for how long the
+one for an hour goes on.
 
 Left out is what SEMANTICS.md ("Files") says is different: names that were unlinked or renamed while open, links,
 modes and times, names of folders that end like databases or were deleted databases."""
@@ -12,12 +13,15 @@ import json
 import os
 import stat
 import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from mounting import Place, mounted, shell
+from mounting import SLACK_BYTES, SMALL, Place, Usage, mounted, shell, usage
 
 STEPS = os.environ.get("MODEL_STEPS", "250")
 SEEDS = [os.environ.get("MODEL_SEED") or str(n) for n in range(2)]
@@ -30,11 +34,40 @@ def test_as_in_a_local_folder(place: Place, tmp_path: Path, seed: str) -> None:
     print(f"MODEL_SEED={seed} MODEL_STEPS={STEPS}")
     (tmp_path / "local").mkdir()
     with mounted(place, tmp_path) as here, mounted(place, tmp_path) as there:
-        for folder in (here.directory, there.directory):  # first by the program that worked there, then by another
-            steps = STEPS if folder == here.directory else "0"
-            done = shell(sys.executable, __file__, seed, steps, tmp_path / "local", folder)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert json.loads(done.stdout.splitlines()[-1])["tree"] > 0
+        same(tmp_path / "local", (here.directory, there.directory), seed, STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_for_an_hour(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same files all the time; the daemons do not grow."""
+    seed = os.environ.get("MODEL_SEED") or str(Random().randrange(1 << 32))
+    lasts_s = float(os.environ.get("MODEL_SECONDS", "3600"))
+    totals: Counter[str] = Counter()
+    looks: list[tuple[Usage, Usage]] = []
+    (tmp_path / "local").mkdir()
+    with mounted(place, tmp_path, *SMALL) as here, mounted(place, tmp_path, *SMALL) as there:
+        until = time.monotonic() + lasts_s
+        while time.monotonic() < until or len(looks) < 5:
+            told = same(tmp_path / "local", (here.directory, there.directory), f"{seed} {len(looks)}", "1000")
+            totals.update({"rounds": 1, **told})
+            looks.append((usage(here.process.pid), usage(there.process.pid)))
+        with capsys.disabled():
+            print(f"\nMODEL_SEED={seed}, {lasts_s:.0f} s: {dict(totals)}; {looks[4]} after 5 rounds, then {looks[-1]}")
+        for warm, last in zip(looks[4], looks[-1], strict=True):
+            assert last.descriptors <= warm.descriptors + 2
+            assert last.memory_bytes <= warm.memory_bytes + 2 * SLACK_BYTES
+
+
+def same(local: Path, folders: Sequence[Path], seed: str, steps: str) -> dict[str, int]:
+    """First by the program that works in one folder, then by another that only looks. Returns what the first told."""
+    told = []
+    for folder in folders:
+        done = shell(sys.executable, __file__, seed, steps if folder == folders[0] else "0", local, folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append(json.loads(done.stdout.splitlines()[-1]))
+        assert told[-1]["tree"] > 0
+    return told[0]
 
 
 # --- the program, in a process of its own: a test never opens a file on a mount itself ---------------------
@@ -129,6 +162,8 @@ def step(sides: Sides, rng: Random) -> None:
         flags |= rng.choice(
             [0, 0, 0, os.O_EXCL & -bool(flags & os.O_CREAT), os.O_TRUNC & -bool(flags & 3), os.O_APPEND]
         )
+        if not name.endswith(".db") and not sides.path(0, name).exists():
+            flags &= ~os.O_CREAT  # no folder could have the name after that
         sides.open(name, flags)
     elif kind < 0.9:
         if not sides.is_open(name) and not sides.is_open(other):

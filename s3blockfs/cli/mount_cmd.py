@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -88,6 +89,8 @@ def _serve(target: options.Target, given: str) -> int:
     from s3blockfs.fuse_ops import FileSystem
     from s3blockfs.names import undotted
 
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a database in WAL mode takes two, and 1024 is usual
     config, in_background = options.settings().config, os.environ.pop(DAEMON_VARIABLE, None)
     if config.exclusive and (config.read_only or not config.lease_s):
         raise UsageError("--exclusive means to hold leases: leave out --read-only and --lease 0")
