@@ -17,7 +17,7 @@ PIECE_BYTES = 8 << 20
 
 
 class Raw:
-    """A client of its own, as a process that just started has it. No checksums but those of TLS, which is not here."""
+    """A client without connections yet, and without checksums of its own."""
 
     def __init__(self, url: str, bucket: str) -> None:
         config = Config(

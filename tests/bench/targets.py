@@ -111,6 +111,7 @@ TARGETS = [
     most("W15", f"{PROCESS}: ls -l", "seconds", 20, "≤ 20 s", "{:.1f} s"),
     most("W16", f"{MOUNT}, 16 threads", "MB fetched twice", 0, "no slot fetched twice", "{:.2f} MB"),
     against("W16", f"{MOUNT}, 16 threads", "boto3 alone", 1.5, "≤ 1.5x boto3 (W4's: no figure was set)"),
+    least("W17", PROCESS, "commits", 1e6, "1,000,000 commits", "{:,.0f}"),
     most("W17", PROCESS, "PUTs a commit", 1.05, "≤ 1.05 PUTs a commit", "{:.3f}"),
     most("W17", PROCESS, "KiB a commit", 300, "≤ 300 KiB a commit"),
     most("W17", PROCESS, "times live", 3, "garbage < 2x live", "all {:.2f}x live"),

@@ -47,6 +47,8 @@ class Asked:
     status: int = 0
     ended: float = 0.0
     """0: it is under way."""
+    last: float = 0.0
+    """When the last piece of the answer so far went out."""
     rest: bool = False
     """Not a request, but what else was moved for one that was under way when somebody asked before."""
 
@@ -197,11 +199,11 @@ class _Stream:
         return piece
 
     def move(self, size: int, to: _Stream, pipe: tuple[int, int], moved: Callable[[int], None]) -> None:
-        """The next bytes of a body; `moved` is told of each piece."""
+        """The next bytes of a body; `moved` is told of each piece, just before it goes out."""
         first, self.rest = self.rest[:size], self.rest[size:]
         if first:
-            to.socket.sendall(first)
             moved(len(first))
+            to.socket.sendall(first)
         size -= len(first)
         source, target = self.socket.fileno(), to.socket.fileno()
         while size:
@@ -209,10 +211,9 @@ class _Stream:
             if not here:
                 raise ConnectionError("the connection ended within a message")
             size -= here
+            moved(here)
             while here:
-                gone = os.splice(pipe[0], target, here)
-                here -= gone
-                moved(gone)
+                here -= os.splice(pipe[0], target, here)
 
     def move_chunks(self, to: _Stream, pipe: tuple[int, int], moved: Callable[[int], None]) -> None:
         """A chunked body."""
@@ -220,8 +221,8 @@ class _Stream:
         while size:
             line = self.line()
             size = int(line.split(b";")[0], 16)
-            to.socket.sendall(line)
             moved(len(line))
+            to.socket.sendall(line)
             self.move(size + 2, to, pipe, moved)
 
 
@@ -269,13 +270,13 @@ class _Proxy:
         """Whether the connections can be used again."""
         method, path, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
         began = time.monotonic()
-        asked = Asked(kind_of(method, path, head), path, _field(head, b"range"), began, up=len(head))
+        asked = Asked(kind_of(method, path, head), path, _field(head, b"range"), began, last=began, up=len(head))
         with self.lock:
             self.asked.append(asked)
         try:
             return self._pass(client, store, head, pipe, method, asked)
         finally:
-            asked.ended = time.monotonic()
+            asked.ended = asked.last
 
     def _pass(
         self, client: _Stream, store: _Stream, head: bytes, pipe: tuple[int, int], method: str, asked: Asked
@@ -285,6 +286,7 @@ class _Proxy:
 
         def down(size: int) -> None:
             asked.down += size
+            asked.last = time.monotonic()  # before the client can ask for the next one
 
         if _field(head, b"expect").lower() == "100-continue":
             client.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -301,8 +303,6 @@ class _Proxy:
         down(len(answer))
         size = 0 if method == "HEAD" or asked.status in (204, 304) else int(_field(answer, b"content-length") or 0)
         chunked = "chunked" in _field(answer, b"transfer-encoding") and method != "HEAD"
-        if not size and not chunked:
-            asked.ended = time.monotonic()  # before the client can ask for the next one
         client.socket.sendall(answer)
         if chunked:
             store.move_chunks(client, pipe, down)
