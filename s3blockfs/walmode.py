@@ -382,7 +382,7 @@ class WalDatabase(Database):
                 self._source.runtime.submit(self._flush_soon)
         if self.is_logged and not list(self.locks):
             with contextlib.suppress(RuntimeError):
-                self._source.runtime.submit(self._tidy)
+                self._source.runtime.submit(self.tidy)
 
     def _flush_soon(self) -> None:
         try:
@@ -401,7 +401,7 @@ class WalDatabase(Database):
             if not self._pending and not self.is_writing:
                 self._lease.done(self)
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
         with self._gate, self._changing():
             if self.is_logged and not list(self.locks) and self._doubt is None:

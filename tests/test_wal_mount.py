@@ -350,5 +350,19 @@ def test_attached_databases_are_atomic_each(pair: Pair, modes: tuple[str, str], 
         assert same_everywhere(pair, name, "PRAGMA journal_mode", "SELECT n FROM t") == f"{mode.lower()}\n200"
 
 
+def test_renamed_right_after_its_last_user_died(pair: Pair, name: str) -> None:
+    """What it had committed with NORMAL goes along; nobody has to wait for the log to be tidied up."""
+    for number in range(3):
+        old, new = f"{number}{name}", f"{number}new{name}"
+        create(pair.here / old)
+        with Client(pair.here / old) as client:
+            client("PRAGMA synchronous=NORMAL", "INSERT INTO t VALUES (1, randomblob(5000))")
+            client.kill()
+        moved = shell("mv", pair.here / old, pair.here / new)
+        assert (moved.returncode, moved.stderr) == (0, "")
+        assert files_of(pair.here / old) == [] and files_of(pair.here / new) == [new]
+        assert same_everywhere(pair, new, "SELECT a, length(b) FROM t") == "1|5000"
+
+
 def is_put(request: Request) -> bool:
     return request.method == "PUT" and request.kind == "head"
