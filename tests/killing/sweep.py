@@ -77,8 +77,8 @@ class Reference:
     """What each database holds after each `done` (None: there is none), from the start on."""
 
     states: tuple[dict[str, str | None], ...]
-    empty: str
-    """What a database without a byte holds."""
+    empty: frozenset[str | None]
+    """What a database without a table holds: one without a byte, and in WAL mode one that knows that."""
     source: str
 
     @property
@@ -91,7 +91,7 @@ class Reference:
         for name in self.names:
             allowed = {state.get(name) for state in (*self.states[firm:done], before, after)}
             if None in allowed and len(allowed) > 1 and not step.at_once:
-                allowed.add(self.empty)  # a database that is created is there before its first transaction is
+                allowed |= self.empty  # a database that is created is there before its first transaction is
             if found[name] not in allowed:
                 return f"{name} holds {found[name]!r} after {done} of {len(self.states) - 1}, and not one of {allowed}"
         changed = [found[name] == after.get(name) for name in step.order]
@@ -338,6 +338,9 @@ class Sweep:
             other = Files(directory, replace(point.state, seed=-1 - point.state.seed))
             fill(other, source.name, 90)
             (directory / "empty").touch()
+            with other.open("fresh"):
+                pass
+            empty = frozenset(map(other.content, ("empty", "fresh")))
             states: list[dict[str, str | None]] = []
 
             def done() -> None:
@@ -348,7 +351,7 @@ class Sweep:
             point.step.prepare(place)
             done()
             point.step.script(place)
-            self._references[key] = Reference(tuple(states), str(other.content("empty")), str(source))
+            self._references[key] = Reference(tuple(states), empty, str(source))
         return self._references[key]
 
 
