@@ -213,6 +213,8 @@ class Catalog(Names):
             for inner, _ in self.listing(old):
                 self.rename(f"{old}/{inner}", f"{new}/{inner}")
             return self.remove_folder(old)
+        for held in filter(None, map(self.opened_at, (old, new))):
+            held.tidy()
         source, heads, version = self.find(old)
         place = self._place(new, overwrite)
         self._require_idle(source, place.source)

@@ -174,6 +174,9 @@ class State:
             self._doubt = None
             self._fail(remove_journal=True)
 
+    def tidy(self) -> None:
+        """Publish and forget a log that nobody has open any more, if there is one."""
+
     def _fail(self, remove_journal: bool) -> None:
         """The uncommitted bytes count no more."""
         raise NotImplementedError

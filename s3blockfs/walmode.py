@@ -430,7 +430,7 @@ class WalDatabase(Database):
                 self._source.runtime.submit(self._flush_soon)
         if self.is_logged and not list(self.locks):
             with contextlib.suppress(RuntimeError):
-                self._source.runtime.submit(self._tidy)
+                self._source.runtime.submit(self.tidy)
         elif self._log() is not None and self._is_read(None) and now - self.checked_s >= self._config.refresh_s:
             with contextlib.suppress(RuntimeError):
                 self._source.runtime.submit(self._hold_back)
@@ -452,7 +452,7 @@ class WalDatabase(Database):
             if not self._pending and not self.is_writing:
                 self._lease.done(self)
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
         with self._gate, self._changing():
             if self.is_logged and not list(self.locks) and self._doubt is None:

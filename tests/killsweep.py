@@ -35,12 +35,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=3, help="points under way at a time; most of one is waiting")
     parser.add_argument("--states", type=int, default=1, choices=range(1, len(STATES) + 1), help="of each step")
     parser.add_argument("--only", default="", metavar="STEP", help="a step, or a point as a failure names it")
+    parser.add_argument("--mode", default="", metavar="JOURNAL_MODE", help="only with this one, such as WAL")
     given = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # also in the background; nothing is left then either
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
     began = time.monotonic()
-    todo = tasks(FACES[given.face], seed, given.states, given.only)
+    todo = tasks(FACES[given.face], seed, len(STATES) if given.mode else given.states, given.only)
+    todo = [task for task in todo if given.mode in ("", task.state.journal_mode)]
     if not todo:
         parser.error(f"no step {given.only!r}")
     with tempfile.TemporaryDirectory(prefix="killsweep-") as name:
@@ -49,8 +51,9 @@ def main() -> int:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "killsweep")
             place.create_bucket()
             result = run(place, directory, todo, seed, given.points, given.jobs, given.only, say)
+    mode = f"--mode {given.mode} " if given.mode else ""
     for failure in result.failures:
-        say(f"replay: scripts/killsweep --seed {seed} --states {given.states} --only '{failure.split(': ')[0]}'")
+        say(f"replay: scripts/killsweep --seed {seed} --states {given.states} {mode}--only '{failure.split(': ')[0]}'")
     say(", ".join(f"{way}: {count}" for way, count in sorted(result.points.items())) + f", no kill: {result.whole}")
     count, spent = sum(result.points.values()), time.monotonic() - began
     how = f"FAILED at {len(result.failures)} of" if result.failures else "ok,"

@@ -63,7 +63,8 @@ def same(local: Path, folders: Sequence[Path], seed: str, steps: str) -> dict[st
     """First by the program that works in one folder, then by another that only looks. Returns what the first told."""
     told = []
     for folder in folders:
-        done = shell(sys.executable, __file__, seed, steps if folder == folders[0] else "0", local, folder)
+        line = sys.executable, __file__, seed, steps if folder == folders[0] else "0", local, folder
+        done = shell(*line, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         told.append(json.loads(done.stdout.splitlines()[-1]))
         assert told[-1]["tree"] > 0

@@ -39,6 +39,7 @@ def test_a_sample(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         ("acknowledges_early", "insert process", "before", 4),
         pytest.param("acknowledges_early", "update mount", "before", 4, marks=pytest.mark.long),
+        pytest.param("acknowledges_early", "wal mount", "before", 8, marks=pytest.mark.long),
         pytest.param("never_looks_back", "update process", "dropped", 4, marks=pytest.mark.long),
         pytest.param("buries_first", "command-mv command", "before", 4, marks=pytest.mark.long),
         pytest.param("clears_first", "adopt command", "after", 12, marks=pytest.mark.long),

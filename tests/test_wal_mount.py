@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -303,3 +304,65 @@ def test_errors_of_sql_are_none_of_ours(pair: Pair, name: str) -> None:
             two("INSERT INTO t VALUES (3, 3)")
         two("ROLLBACK", "INSERT INTO t VALUES (3, 3)")
     assert same_everywhere(pair, name, "SELECT sum(a) FROM t") == "6"
+
+
+@pytest.mark.parametrize("modes", [("WAL", "WAL"), ("WAL", "DELETE"), ("DELETE", "WAL")])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_attached_databases_are_atomic_each(pair: Pair, modes: tuple[str, str], failing: int) -> None:
+    """One transaction over two of them is two commits. When one fails, that one is as it was, the other one as it was
+    or whole; and both go on."""
+    names = fresh_name(), fresh_name()
+    for name, mode in zip(names, modes, strict=True):
+        sqlite(pair.here / name, f"PRAGMA journal_mode={mode}", "CREATE TABLE t(n, b)", "INSERT INTO t VALUES (0, 0)")
+
+    def values(client: Client | None = None) -> list[int]:
+        if client is not None:
+            return client("SELECT main.t.n, b.t.n FROM main.t, b.t")[0]  # type: ignore[no-any-return]
+        return [int(sqlite(pair.elsewhere / name, "SELECT n FROM t")) for name in names]
+
+    with Client(pair.here / names[0]) as client:
+        client(f"ATTACH '{pair.here / names[1]}' AS b", "PRAGMA main.synchronous=FULL", "PRAGMA b.synchronous=FULL")
+
+        def change(number: int) -> None:
+            client("BEGIN")
+            for database in ("main", "b"):
+                client(f"UPDATE {database}.t SET n = {number}, b = randomblob(9000)")
+            client("COMMIT")
+
+        for number in (1, 2, 3):
+            change(number)
+            assert values() == values(client) == [number, number]
+        broken = f"/{names[failing]}/"
+        pair.proxy.rule = lambda request: (
+            Fault(status=403, code="AccessDenied") if is_put(request) and broken in request.path else None
+        )
+        with pytest.raises(SqlError, match="disk I/O error"):
+            change(100)
+        pair.proxy.rule = None
+        with contextlib.suppress(SqlError):  # SQLite has done so by itself, or not
+            client("ROLLBACK")
+        found = values()
+        assert found[failing] == 3 and found[1 - failing] in (3, 100)
+        eventually(lambda: values(client), found)
+        change(200)
+        assert values() == values(client) == [200, 200]
+    for name, mode in zip(names, modes, strict=True):
+        assert same_everywhere(pair, name, "PRAGMA journal_mode", "SELECT n FROM t") == f"{mode.lower()}\n200"
+
+
+def test_renamed_right_after_its_last_user_died(pair: Pair, name: str) -> None:
+    """What it had committed with NORMAL goes along; nobody has to wait for the log to be tidied up."""
+    for number in range(3):
+        old, new = f"{number}{name}", f"{number}new{name}"
+        create(pair.here / old)
+        with Client(pair.here / old) as client:
+            client("PRAGMA synchronous=NORMAL", "INSERT INTO t VALUES (1, randomblob(5000))")
+            client.kill()
+        moved = shell("mv", pair.here / old, pair.here / new)
+        assert (moved.returncode, moved.stderr) == (0, "")
+        assert files_of(pair.here / old) == [] and files_of(pair.here / new) == [new]
+        assert same_everywhere(pair, new, "SELECT a, length(b) FROM t") == "1|5000"
+
+
+def is_put(request: Request) -> bool:
+    return request.method == "PUT" and request.kind == "head"

@@ -12,6 +12,7 @@ import random
 import shutil
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -71,7 +72,7 @@ class Folder:
 
             if create:
                 run(f"PRAGMA page_size={self.state.page_size}")
-                run(f"PRAGMA journal_mode={self.state.journal_mode}")
+                _in_time(lambda: run(f"PRAGMA journal_mode={self.state.journal_mode}"))
             yield run
 
     def content(self, name: str) -> str | None:
@@ -192,6 +193,19 @@ class InProcess(Folder):
             more += ["--block-size", str(self.state.block_size)]
         if (code := main.main([*names, *more])) != 0:
             raise RuntimeError(f"s3blockfs {' '.join(words)}: exit code {code}")
+
+
+def _in_time(do: Callable[[], object]) -> None:
+    """SQLite leaves WAL mode at once or not at all, and who was killed has left its lease."""
+    until = time.monotonic() + BUSY_S
+    while True:
+        try:
+            do()
+            return
+        except (sqlite3.OperationalError, apsw.BusyError) as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def pieces(file: str) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from killing.folders import Folder
 
@@ -15,6 +16,8 @@ MOUNT, PROCESS, COMMAND = FACES = "mount", "process", "command"
 
 #: How long what runs in the background may take at the end of a script: a lease is given back after 0.5 s.
 PAUSE_S = 0.7
+#: Commits in WAL mode with synchronous=NORMAL are published after 1 s.
+GROUP_PAUSE_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Step:
     may change in this order only. `needs`: kinds of requests (see proxy.py) without which
     the script did not do what it is for. `client`: also with the client killed; a `cp` that is killed leaves half a
     file anywhere. `legacy`: what `prepare` makes is stored as sqlite-s3vfs does. `movable`: its objects may be copied
-    to another prefix; a named snapshot knows its own."""
+    to another prefix; a named snapshot knows its own. `firm`: what was acknowledged by one of these `done` stays; after
+    others, in WAL mode with synchronous=NORMAL, the machine may take the newest along (default: each is firm)."""
 
     name: str
     script: Callable[[Folder], None]
@@ -35,6 +39,11 @@ class Step:
     client: bool = True
     legacy: bool = False
     movable: bool = True
+    firm: tuple[int, ...] | None = None
+
+    def oldest(self, done: int) -> int:
+        """Of the states that may be there after so many `done`, when the daemon died."""
+        return done if self.firm is None else max([number for number in self.firm if number <= done], default=0)
 
 
 STEPS: list[Step] = []
@@ -227,6 +236,54 @@ def attach(folder: Folder) -> None:
             run("INSERT INTO b.other VALUES (?, 'from a')", (1000 + number,))
             run("COMMIT")
             folder.done()
+
+
+# --- WAL --------------------------------------------------------------------------------------------------
+
+
+def checkpoint(run: Callable[..., list[Any]], mode: str) -> None:
+    """To SQLite, a lock that fails because the daemon is dead is one that others hold."""
+    [[busy, *_]] = run(f"PRAGMA wal_checkpoint({mode})")
+    if busy:
+        raise RuntimeError("checkpoint: busy")
+
+
+@step(MOUNT, prepare=one)
+def wal(folder: Folder) -> None:
+    """Every kind of checkpoint beside a reader; the log restarts, is truncated, and removed by the last close."""
+    with folder.open("a.db") as run:
+        run("PRAGMA journal_mode=WAL")
+        run("PRAGMA synchronous=FULL")
+        for number, mode in enumerate(("PASSIVE", "FULL", "RESTART", "TRUNCATE")):
+            run("INSERT INTO t VALUES (?, 1, ?)", (300 + number, folder.state.rng(number).randbytes(3000)))
+            folder.done()
+            checkpoint(run, mode)
+            run("UPDATE t SET n = n + 1")
+            folder.done()
+    with folder.open("a.db", create=False) as run:
+        run("DELETE FROM t WHERE id % 2 = 0")
+        folder.done()
+
+
+@step(MOUNT, prepare=one, firm=(4, 6))
+def wal_normal(folder: Folder) -> None:
+    """COMMIT returns before the commit is in S3. A checkpoint waits for that. So does the last close, but SQLite
+    tells nobody when it could not."""
+    with folder.open("a.db") as run:
+        run("PRAGMA journal_mode=WAL")
+        run("PRAGMA synchronous=NORMAL")
+        for number in range(3):
+            run("INSERT INTO t VALUES (?, 1, ?)", (300 + number, folder.state.rng(number).randbytes(3000)))
+            folder.done()
+        checkpoint(run, "PASSIVE")
+        folder.done()
+        run("UPDATE t SET n = n + 1")
+        folder.done()
+        folder.pause(GROUP_PAUSE_S)
+        checkpoint(run, "TRUNCATE")
+        folder.done()
+        run("DELETE FROM t WHERE id % 2 = 0")
+    folder.done()
 
 
 # --- files ------------------------------------------------------------------------------------------------

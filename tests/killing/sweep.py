@@ -49,6 +49,7 @@ STATES = (
     State(4096, 4096, "TRUNCATE"),
     State(16384, 1024, "PERSIST"),
     State(4096, 8192, "MEMORY"),
+    State(16384, 4096, "WAL"),
 )
 
 #: A job in the background may come too late on a busy machine.
@@ -76,21 +77,21 @@ class Reference:
     """What each database holds after each `done` (None: there is none), from the start on."""
 
     states: tuple[dict[str, str | None], ...]
-    empty: str
-    """What a database without a byte holds."""
+    empty: frozenset[str | None]
+    """What a database without a table holds: one without a byte, and in WAL mode one that knows that."""
     source: str
 
     @property
     def names(self) -> list[str]:
         return sorted({name for state in self.states for name in state})
 
-    def objection(self, step: Step, done: int, found: dict[str, str | None]) -> str | None:
-        """What is wrong with what was found after so many `done`."""
+    def objection(self, step: Step, done: int, firm: int, found: dict[str, str | None]) -> str | None:
+        """What is wrong with what was found after so many `done`, of which so many are for ever."""
         before, after = self.states[done], self.states[min(done + 1, len(self.states) - 1)]
         for name in self.names:
-            allowed = {before.get(name), after.get(name)}
+            allowed = {state.get(name) for state in (*self.states[firm:done], before, after)}
             if None in allowed and len(allowed) > 1 and not step.at_once:
-                allowed.add(self.empty)  # a database that is created is there before its first transaction is
+                allowed |= self.empty  # a database that is created is there before its first transaction is
             if found[name] not in allowed:
                 return f"{name} holds {found[name]!r} after {done} of {len(self.states) - 1}, and not one of {allowed}"
         changed = [found[name] == after.get(name) for name in step.order]
@@ -186,7 +187,9 @@ class Sweep:
             trigger, done, error = self._act(point, place, folder, reference)
             if error and not trigger.killed and not point.way.startswith("client"):
                 raise Failure(f"failed after {done} of {len(reference.states) - 1} parts: {error}")
-            self._examine(point, place, folder, reference, done, thorough)
+            died = trigger.killed and not point.way.startswith("client")
+            firm = point.step.oldest(done) if died else done
+            self._examine(point, place, folder, reference, done, firm, thorough)
         except (Failure, Hung) as problem:
             logs = "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
             raise Failure(f"{point}: {problem}\n{place.target}\n{logs}") from problem
@@ -218,7 +221,7 @@ class Sweep:
         return trigger, said.count("done"), "" if words == ["end"] else str(words or "killed")
 
     def _examine(
-        self, point: Point, place: Place, folder: Path, reference: Reference, done: int, thorough: bool
+        self, point: Point, place: Place, folder: Path, reference: Reference, done: int, firm: int, thorough: bool
     ) -> None:
         """By other processes, who know nothing but the store. Raises Failure."""
         with contextlib.ExitStack() as stack:
@@ -229,7 +232,7 @@ class Sweep:
         if len(said) < 2:
             raise Failure(f"nobody could look: exit code {code}")
         found, listed = said
-        if objection := reference.objection(point.step, done, found):
+        if objection := reference.objection(point.step, done, firm, found):
             raise Failure(objection)
         there = [name for name, what in found.items() if what is not None]
         if listed != there:
@@ -335,6 +338,9 @@ class Sweep:
             other = Files(directory, replace(point.state, seed=-1 - point.state.seed))
             fill(other, source.name, 90)
             (directory / "empty").touch()
+            with other.open("fresh"):
+                pass
+            empty = frozenset(map(other.content, ("empty", "fresh")))
             states: list[dict[str, str | None]] = []
 
             def done() -> None:
@@ -345,7 +351,7 @@ class Sweep:
             point.step.prepare(place)
             done()
             point.step.script(place)
-            self._references[key] = Reference(tuple(states), str(other.content("empty")), str(source))
+            self._references[key] = Reference(tuple(states), empty, str(source))
         return self._references[key]
 
 

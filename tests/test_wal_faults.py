@@ -1,0 +1,335 @@
+"""WAL mode on the engine alone: every request of a fixed story fails in every way, and nothing is torn or comes back.
+
+The bytes are SQLite's own: for each step it is given the file and the log as the engine shows them, does its work on a
+disk, and what it changed there is done to the engine, with the calls and locks of a mount in SQLite's order. So it also
+sees whether it can go on from what the engine left after a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import pytest
+from engine import Call, Delayed, InlineRuntime, Process, World, shrink_limits
+
+from s3blockfs.catalog import Catalog
+from s3blockfs.errors import OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
+from s3blockfs.locks import Kind
+from s3blockfs.wal import FRAME_HEADER_BYTES, HEADER_BYTES
+from s3blockfs.walmode import CHECKPOINT, FIRST_READ, WRITE, WalDatabase
+
+NAME, PAGE = "a.db", 1024
+FRAME = FRAME_HEADER_BYTES + PAGE
+MY_READ = FIRST_READ + 1
+
+#: How far the story goes on after the step with the fault.
+STEPS_AFTER = 3
+
+T = TypeVar("T")
+Files = tuple[bytes, bytes]  # a database, and its log
+
+
+def ran(files: Files, *statements: str) -> tuple[Files, str]:
+    """SQLite on a disk that holds these: what is there afterwards, with nobody gone, and what it reads."""
+    with TemporaryDirectory(prefix="wal-faults-") as folder:
+        path, log = Path(folder, NAME), Path(folder, f"{NAME}-wal")
+        path.write_bytes(files[0])
+        if files[1]:
+            log.write_bytes(files[1])
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as run:
+            run.execute("PRAGMA synchronous=OFF")  # of the copy
+            run.execute("PRAGMA wal_autocheckpoint=0")
+            for statement in statements:
+                run.execute(statement).fetchall()
+            found = run.execute("PRAGMA integrity_check").fetchall()
+            if found == [("ok",)]:
+                found = run.execute(
+                    "SELECT a, length(b), b FROM t UNION ALL SELECT -1, n, '' FROM u ORDER BY a"
+                ).fetchall()
+            after = path.read_bytes(), log.read_bytes() if log.exists() else b""
+    return after, repr(found)
+
+
+def first() -> bytes:
+    """A small database in WAL mode, without a log."""
+    with TemporaryDirectory(prefix="wal-faults-") as folder:
+        with contextlib.closing(sqlite3.connect(Path(folder, NAME), isolation_level=None)) as run:
+            for statement in (
+                f"PRAGMA page_size={PAGE}",
+                "PRAGMA journal_mode=WAL",
+                "CREATE TABLE t(a PRIMARY KEY, b)",
+                "CREATE TABLE u AS SELECT 1 AS n",
+            ):
+                run.execute(statement).fetchall()
+        return Path(folder, NAME).read_bytes()
+
+
+class Connection:
+    """The one process that has the database open on a machine."""
+
+    def __init__(self, machine: Catalog) -> None:
+        self.machine = machine
+        database = machine.open(NAME)
+        assert isinstance(database, WalDatabase)
+        self.database, self.process = database, Process(machine, database, 1)
+        self.process.shared()
+        self.machine.side_files.create(f"{NAME}-shm")
+
+    def files(self) -> Files:
+        log = self.machine.side_files.get(f"{NAME}-wal")
+        return self.database.read(0, self.database.size), b"" if log is None else log.read(0, log.size)
+
+    def rows(self) -> str:
+        """What a transaction that begins now reads."""
+        with self.locked(Kind.READ, MY_READ):
+            return ran(self.files())[1]
+
+    @contextlib.contextmanager
+    def locked(self, kind: Kind, start: int, end: int | None = None) -> Iterator[None]:
+        self.database.lock_index(self, kind, start, end or start, 1)
+        try:
+            yield
+        finally:
+            self.database.unlock_index(self, start, end or start)
+
+    def commit(self, *statements: str, sync: bool) -> None:
+        with self.locked(Kind.READ, MY_READ):
+            before = self.files()
+            (_, log), _ = ran(before, *statements)
+            with self.locked(Kind.WRITE, WRITE):
+                self._append(before[1], log, sync)
+
+    def _append(self, before: bytes, log: bytes, sync: bool) -> None:
+        side = self.machine.side_files.create(f"{NAME}-wal")
+        if log[:HEADER_BYTES] != before[:HEADER_BYTES]:
+            self.database.log_write(0)
+            side.write(0, log[:HEADER_BYTES])
+        for offset in range(HEADER_BYTES, len(log), FRAME):
+            if log[offset : offset + FRAME] != before[offset : offset + FRAME]:
+                self.database.log_write(offset)
+                side.write(offset, log[offset : offset + FRAME])
+        if sync:
+            self.database.log_sync(1)
+
+    def checkpoint(self, mode: str, *statements: str, sync: bool) -> None:
+        """And, as long as SQLite knows that the log begins anew, a commit."""
+        with self.locked(Kind.READ, MY_READ):
+            before = self.files()
+        (content, log), _ = ran(before, f"PRAGMA wal_checkpoint({mode})", *statements)
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(self.locked(Kind.WRITE, CHECKPOINT))
+            if mode != "PASSIVE":
+                locks.enter_context(self.locked(Kind.WRITE, WRITE))
+            self._backfill(before[0], content, sync)
+            if mode == "TRUNCATE":
+                self.database.log_truncate(0)
+                self.machine.side_files.create(f"{NAME}-wal").truncate(0)
+        if statements:
+            with self.locked(Kind.READ, MY_READ), self.locked(Kind.WRITE, WRITE):
+                self._append(before[1], log, sync=True)
+
+    def _backfill(self, before: bytes, content: bytes, sync: bool) -> None:
+        if sync:
+            self.database.log_sync(1)
+        for offset in range(0, len(content), PAGE):
+            if content[offset : offset + PAGE] != before[offset : offset + PAGE]:
+                self.database.write(offset, content[offset : offset + PAGE], {self.process})
+        if len(content) != self.database.size:
+            self.database.truncate(len(content), {self.process})
+        if sync:
+            self.database.sync(1)
+
+    def close(self) -> None:
+        """As the last one: everything goes into the file, and the log goes."""
+        try:
+            self.process.exclusive()
+            before = self.files()
+            if before[1]:
+                self._backfill(before[0], ran(before, "PRAGMA wal_checkpoint(PASSIVE)")[0][0], sync=True)
+                self.database.log_unlink()
+                self.machine.side_files.remove(f"{NAME}-wal")
+            self.machine.side_files.remove(f"{NAME}-shm")
+        finally:
+            self.process.unlock()
+            self.machine.release(self.database)
+
+
+@dataclass(frozen=True)
+class Step:
+    """`durable`: when it returns, what was committed is in S3."""
+
+    name: str
+    act: Callable[[Connection], None]
+    sql: tuple[str, ...] = ()
+    durable: bool = True
+
+
+def insert(start: int, count: int, length: int) -> str:
+    numbers = f"WITH n(i) AS (SELECT {start} UNION ALL SELECT i+1 FROM n WHERE i < {start + count - 1}) SELECT i"
+    return f"INSERT INTO t {numbers}, substr(hex(i * 7919 * 7919 * 104729), 1, 9) || printf('%0{length}d', i) FROM n"
+
+
+def commit(name: str, *sql: str, sync: bool = True) -> Step:
+    return Step(name, lambda connection: connection.commit(*sql, sync=sync), sql, durable=sync)
+
+
+def checkpoint(mode: str, *sql: str) -> Step:
+    mode, _, off = mode.partition(", ")
+    return Step(f"{mode} {off}", lambda connection: connection.checkpoint(mode, *sql, sync=not off), sql)
+
+
+def wait(connection: Connection) -> None:
+    """What NORMAL left is published in the background."""
+    runtime = connection.machine._runtime
+    runtime.sleep(1.5)
+    runtime.tick()  # type: ignore[attr-defined]
+
+
+#: Of a page that no other statement writes to: what a commit that failed left of it would stay.
+COUNT = "UPDATE u SET n = n + 1"
+
+STEPS = [
+    commit("one", insert(1, 3, 100)),
+    commit("large", "BEGIN", insert(100, 40, 900), COUNT, "COMMIT"),
+    commit("normal", insert(200, 2, 50), sync=False),
+    commit("normal again", "UPDATE t SET b = a WHERE a < 3", sync=False),
+    Step("wait", wait, durable=False),
+    checkpoint("PASSIVE"),
+    commit("full on top", "BEGIN", "DELETE FROM t WHERE a = 101", COUNT, "COMMIT"),
+    commit("normal in between", insert(300, 1, 2000), sync=False),
+    commit("full with it", insert(310, 1, 20)),
+    checkpoint("RESTART", insert(400, 5, 700)),
+    commit("shrink", "DELETE FROM t WHERE a % 4", "VACUUM"),
+    checkpoint("TRUNCATE"),
+    commit("new log", "BEGIN", insert(500, 3, 100), COUNT, "COMMIT"),
+    commit("left to a log that restarts", insert(505, 1, 100), sync=False),
+    checkpoint("RESTART, synchronous=OFF", insert(506, 1, 100)),
+    commit("before the close", insert(510, 3, 100), sync=False),
+    Step("close", Connection.close),
+    commit("reopened", insert(600, 2, 100)),
+]
+
+
+@dataclass
+class Run:
+    """The story on one machine, with the fault at one request."""
+
+    world: World
+    fault: str
+    at: int
+    number: int = -1
+    hit: Call | None = None
+    down: bool = False
+    outcomes: list[str] = field(default_factory=list)
+
+    def rule(self, call: Call, when: str) -> None:
+        if self.down:
+            raise StoreUnavailable("outage")
+        swap = call.operation == "PUT" and call.conditional
+        self.number += when == "before"
+        if self.number != self.at:
+            return
+        kind, _, then = self.fault.partition(", ")
+        if (kind == "delayed" and swap and when == "before") or kind == when:
+            self.hit, self.down = call, then == "outage"
+            if kind == "delayed":
+                raise Delayed
+            error = RequestInDoubt if swap else StoreUnavailable
+            raise error(f"fault at request {self.at}, {call.operation} {call.key}")
+
+    def go(self) -> None:
+        machine = self.world.machine(block_size=4096, lease_s=10.0)
+        machine.kind = WalDatabase
+        database = machine.create(NAME, exclusive=True)
+        database.write(0, first())
+        database.close_handle(1)
+        machine.release(database)
+        connection: Connection | None = None
+        local = published = ran((first(), b""))[1]
+        steps_after = 0
+        for step in STEPS:
+            steps_after += self.hit is not None
+            if steps_after > STEPS_AFTER:
+                break
+            if connection is None:
+                connection = self._when_settled(lambda: Connection(machine))
+            new = ran(connection.files(), *step.sql)[1]
+            self.world.store.rule = self.rule
+            try:
+                step.act(connection)
+                outcome, allowed = "done", [new]
+            except OutcomeUnknown:
+                outcome, allowed = "unknown", [local, new]
+            except (S3BlockFSError, OSError):
+                outcome, allowed = "failed", [local]
+            self.outcomes.append(outcome)
+            self.down, self.world.store.rule = False, None
+            where = f"step {step.name!r} {outcome} after {self.fault!r} at request {self.at} ({self.hit})"
+            found = self._published()
+            if outcome == "done" and step.durable:
+                assert found == new, where
+            else:  # a prefix, which never gets shorter
+                assert found in (published, local, new), where
+            published = found
+            if step.name == "close":
+                connection = None
+                continue
+            local = self._when_settled(connection.rows)
+            assert local in allowed, where
+            self.world.store.deliver()  # what is still on its way arrives, and changes nothing
+            assert self._published() in (published, local), where
+            if step.name == "wait" or outcome == "unknown":
+                wait(connection)
+                published = self._published()
+                assert published == local == connection.rows(), where
+        machine.close()
+        assert self._published() == local
+
+    def _when_settled(self, do: Callable[[], T]) -> T:
+        """By itself: a call that fails sets it going."""
+        for _ in range(5):
+            try:
+                return do()
+            except OutcomeUnknown:
+                self.world.runtime.sleep(3)
+        raise AssertionError("never settled")
+
+    def _published(self) -> str:
+        content = self.world.content(NAME)
+        return ran((content, b""))[1]
+
+
+FAULTS = [f"{kind}, {then}" for then in ("once", "outage") for kind in ("before", "after", "delayed")]
+SAMPLE = 0, 4, 5
+
+
+def run(fault: str, at: int) -> Run:
+    with World(InlineRuntime()) as world:
+        made = Run(world, fault, at)
+        made.go()
+        return made
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=() if number in SAMPLE else pytest.mark.long) for number, fault in enumerate(FAULTS)],
+)
+def test_every_request_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before or after it was applied, or it is delayed; once, or all of them until the step ends."""
+    shrink_limits(monkeypatch)
+    undisturbed = run(fault, -2)
+    assert set(undisturbed.outcomes) == {"done"} and len(undisturbed.outcomes) == len(STEPS)
+    outcomes: set[str] = set()
+    hits = 0
+    for at in range(undisturbed.number + 1):
+        made = run(fault, at)
+        hits += made.hit is not None
+        outcomes.update(made.outcomes)
+    print(fault, undisturbed.number + 1, hits, outcomes)
+    assert hits > 10
+    assert "done" in outcomes and ("unknown" in outcomes or fault != "after, outage")
