@@ -300,7 +300,7 @@ class WalDatabase(Database):
                 self._scan()
                 self._flush()
             self._rebase()
-            self.index_locks = RangeLocks()  # as in `_end_log`
+            self.index_locks, self._header = RangeLocks(), None  # as in `_end_log`
             if self.is_logged:
                 self._forget_log()
                 self._moved = True  # the kernel has the change counter that was written here
