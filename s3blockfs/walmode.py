@@ -52,8 +52,7 @@ class WalDatabase(Database):
         self._pending_s: float | None = None
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
-        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
-        self._begun = False  # who has the write lock is in a transaction
+        self._pause_s, self._hold_after_s, self._begun = PAUSE_S, 0.0, False  # begun: who has the write lock writes
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -301,7 +300,7 @@ class WalDatabase(Database):
                 self._scan()
                 self._flush()
             self._rebase()
-            self.index_locks = RangeLocks()  # the index was unlinked before, so the last unlock did not arrive
+            self.index_locks, self._header = RangeLocks(), None  # as in `_end_log`
             if self.is_logged:
                 self._forget_log()
                 self._moved = True  # the kernel has the change counter that was written here
@@ -496,5 +495,6 @@ class WalDatabase(Database):
         if self._ahead is not None:
             self._view.move(self._ahead.snapshot)
         self._forget_log()
+        self.index_locks = RangeLocks()  # of a file that is unlinked no unlock arrives any more
         for suffix in (LOG_SUFFIX, INDEX_SUFFIX):
             self._side_files.remove(self.path + suffix)
