@@ -138,6 +138,8 @@ class KernelCache:
         with self._lock:
             inode = shown.inode
             shown.stale = inode is None
+            if inode is None:
+                self._sizes.clear()  # the kernel's attributes may be old, too: the next `open` sends it back
         if inode is None and _is_lost(database):  # it was only read; the inode is still that of its path
             self.inode_of(database)
         if inode is not None:

@@ -21,6 +21,7 @@ class Pair:
     elsewhere: Mount
     proxy: FaultProxy
     place: Place
+    exclusive: bool = False
 
     def commits(self, name: str) -> int:
         """How many transactions of this database were ever published, by whomever."""
@@ -28,13 +29,15 @@ class Pair:
 
 
 @contextlib.contextmanager
-def two_mounts(place: Place, folder: Path, *options: str) -> Iterator[Pair]:
+def two_mounts(place: Place, folder: Path, *options: str, exclusive: bool = False) -> Iterator[Pair]:
+    """`exclusive`: `here` is mounted so, and remembers what it may."""
+    more, refresh = (["--exclusive"], "60") if exclusive else ([], "0")
     with (
         FaultProxy(place.url) as proxy,
-        mounted(place.via(proxy.url), folder, *options) as here,
+        mounted(place.via(proxy.url), folder, *options, *more, refresh=refresh) as here,
         mounted(place, folder, *options) as elsewhere,
     ):
-        yield Pair(here, elsewhere, proxy, place)
+        yield Pair(here, elsewhere, proxy, place, exclusive)
 
 
 def statements(text: str) -> list[str]:

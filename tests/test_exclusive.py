@@ -172,7 +172,7 @@ def test_an_outage_at_commit_without_a_journal(pair: Pair, name: str, mode: str)
 
 
 @pytest.mark.parametrize("applies", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("mode", [*JOURNALLED, pytest.param("MEMORY", marks=pytest.mark.long)])
+@pytest.mark.parametrize("mode", [*JOURNALLED, pytest.param("OFF", marks=pytest.mark.long)])
 def test_a_commit_in_doubt(pair: Pair, name: str, mode: str, applies: bool) -> None:
     """The answer never comes. Until it is settled nobody here reads what may not be; then everybody reads what is."""
     with Client(pair.here / name) as writer, Client(pair.here / name) as reader:

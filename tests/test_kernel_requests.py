@@ -68,7 +68,7 @@ def test_what_a_statement_costs(
     options = ("--exclusive",) if "exclusive" in mode else ()
     with (
         mounted(place.via(proxy.url), tmp_path, *options, refresh=FOREVER, traced=True) as mount,
-        Client(mount / "a.db") as client,
+        Client(_path(mount, options)) as client,
     ):
         prepare(client, mode.partition(",")[0])
         for name, each in statements(client):
@@ -81,6 +81,14 @@ def test_what_a_statement_costs(
                 assert s3 == 0
                 assert mode == "PERSIST" or "READ" not in asked
         client("SELECT 1")
+
+
+def _path(mount: Mount, options: tuple[str, ...]) -> Path:
+    """With `--exclusive` also folders are remembered."""
+    if not options:
+        return mount / "a.db"
+    assert shell("mkdir", mount / "folder").returncode == 0
+    return mount / "folder/a.db"
 
 
 def test_made_elsewhere_it_appears_within_the_interval(place: Place, tmp_path: Path) -> None:
