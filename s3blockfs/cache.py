@@ -19,6 +19,7 @@ from functools import partial
 from cachetools import LRUCache
 
 from s3blockfs import metrics
+from s3blockfs.diskcache import DiskCache
 from s3blockfs.errors import ObjectNotFound, PreconditionFailed, S3BlockFSError, StoreUnavailable
 from s3blockfs.format.data import OBJECT_BYTES, FrameAddress
 from s3blockfs.format.keys import ObjectRef
@@ -33,6 +34,7 @@ AHEAD_GETS = 6  # at a time; of 4 MiB each they fill a fast link, and Python is 
 SLOW_S = 1.0  # a GET of what is fetched ahead that takes longer shows a slow link, which readers need for themselves
 DENSITIES_KEPT = 256
 
+OnMiss = Callable[[int], object]
 _Key = tuple[str, ObjectRef, int]  # prefix, object, byte in it
 
 
@@ -50,10 +52,17 @@ class BlockCache:
     """Shared by every database of a mount or process."""
 
     def __init__(
-        self, store: ObjectStore, runtime: Runtime, capacity_bytes: int, patience_s: float, ahead_bytes: int = 0
+        self,
+        store: ObjectStore,
+        runtime: Runtime,
+        capacity_bytes: int,
+        patience_s: float,
+        ahead_bytes: int = 0,
+        disk: DiskCache | None = None,
     ) -> None:
         """`patience_s` bounds the wait for a GET that another thread is making, `ahead_bytes` what is fetched because
         of the density of reads (see `Density`)."""
+        self._disk = disk
         self._store, self._runtime, self._patience_s, self._ahead_bytes = store, runtime, patience_s, ahead_bytes
         self._lock = threading.Lock()
         self._frames: LRUCache[_Key, bytes] = LRUCache(capacity_bytes, getsizeof=len)
@@ -64,7 +73,7 @@ class BlockCache:
         self._hits = 0  # of `get`, not counted yet: a figure for Prometheus costs as much as the rest of a hit
 
     def fetch(
-        self, prefix: str, addresses: Sequence[FrameAddress], on_miss: Callable[[int], None] = lambda offset: None
+        self, prefix: str, addresses: Sequence[FrameAddress], on_miss: OnMiss = lambda offset: None
     ) -> list[bytes]:
         """The verified bytes of each frame, in order; `on_miss` hears of each GET that this takes, by the place of its
         bytes in the file. Raises DamagedObject, or what `ObjectStore.get` raises."""
@@ -73,9 +82,7 @@ class BlockCache:
         metrics.CACHE_HITS.inc(len(found) + hits)
         metrics.CACHE_MISSES.inc(len(waiting))
         try:
-            for run in runs:
-                on_miss(run.addresses[0].offset)
-            all_of(self._runtime, [partial(self._fetch_run, run) for run in runs])
+            all_of(self._runtime, [partial(self._fetch_run, run, on_miss) for run in runs])
         except BaseException:  # Ctrl-C, say: others would wait for these frames for as long as the process lives
             for run in runs:
                 self._resolve(run, StoreUnavailable(f"{self._store.name}/{prefix}: interrupted; read again"))
@@ -173,32 +180,58 @@ class BlockCache:
                 for address in run.addresses:
                     del self._inflight[run.prefix, address.ref, address.pos]
 
-    def _fetch_run(self, run: _Run) -> None:
-        """One GET; resolves the run, whatever happens."""
-        first, last = run.addresses[0], run.addresses[-1]
-        start, key, etag = first.pos, first.ref.key(run.prefix), first.ref.etag
-        name = f"{self._store.name}/{key}"
-        body: memoryview | None = None
+    def _fetch_run(self, run: _Run, on_miss: OnMiss = lambda offset: None) -> None:
+        """From the disk, or by one GET; resolves the run, whatever happens."""
         try:
-            found = self._store.get(key, site="block", start=start, length=last.end - start, if_match=etag)
-            if etag in (None, found.etag):  # not every store knows If-Match on GET
-                body = memoryview(found.body)
-        except (ObjectNotFound, PreconditionFailed):
-            body = None  # damage, with the bytes that it costs; or a plain object that was replaced
+            self._resolve(run, self._fetched(run, on_miss))
         except BaseException as error:
             self._resolve(run, error)
             if not isinstance(error, Exception):
                 raise  # KeyboardInterrupt and the like belong to this thread too
-            return
-        results: dict[int, bytes | BaseException] = {}
-        for address in run.addresses:
+
+    def _fetched(self, run: _Run, on_miss: OnMiss) -> dict[int, bytes | BaseException]:
+        addresses, results = run.addresses, dict[int, bytes | BaseException]()
+        key, etag = addresses[0].ref.key(run.prefix), addresses[0].ref.etag
+        name = f"{self._store.name}/{key}"
+        disk = self._disk if etag is None else None  # what has no checksum of ours is not kept
+        if disk is not None:
+            start = addresses[0].pos
+            self._decode(run, addresses, start, disk.read(name, start, addresses[-1].end - start), name, results)
+            addresses = [each for each in addresses if not isinstance(results[each.pos], bytes)]
+        if not addresses:
+            return results
+        on_miss(addresses[0].offset)
+        start, end = addresses[0].pos, addresses[-1].end
+        body: bytes | None = None
+        try:
+            found = self._store.get(key, site="block", start=start, length=end - start, if_match=etag)
+            if etag in (None, found.etag):  # not every store knows If-Match on GET
+                body = found.body
+        except (ObjectNotFound, PreconditionFailed):
+            body = None  # damage, with the bytes that it costs; or a plain object that was replaced
+        self._decode(run, addresses, start, body, name, results)
+        if disk is not None and body:
+            disk.write(name, start, body)
+        return results
+
+    def _decode(
+        self,
+        run: _Run,
+        addresses: Iterable[FrameAddress],
+        start: int,
+        body: bytes | None,
+        name: str,
+        results: dict[int, bytes | BaseException],
+    ) -> None:
+        """Verify these frames of an object's bytes from `start` on, and remember those that are sound."""
+        view = None if body is None else memoryview(body)
+        for address in addresses:
             try:
-                frame = body and body[address.pos - start : address.end - start]
+                frame = view and view[address.pos - start : address.end - start]
                 results[address.pos] = data = address.decode(frame, name)
                 self.put(run.prefix, address, data)
             except S3BlockFSError as error:  # damaged, or of a newer format
                 results[address.pos] = error
-        self._resolve(run, results)
 
     def _resolve(self, run: _Run, results: dict[int, bytes | BaseException] | BaseException) -> None:
         """Only the first time: a pool that raised in `submit` may run it all the same."""

@@ -28,6 +28,8 @@ class Config:
 
     block_size: int = _option(64 * KIB, "unit of storage of databases created here; others keep their own")
     cache_size: int = _option(128 * MIB, "memory for blocks read from S3")
+    cache_dir: str | None = _option(None, "folder for blocks read from S3; survives restarts, can be shared by mounts")
+    cache_dir_size: int = _option(4096 * MIB, "how much of that folder's disk to use")
     memory: int = _option(256 * MIB, "memory for blocks on their way to S3")
     readahead_size: int = _option(16 * MIB, "how far ahead of a sequential reader to fetch")
     refresh_s: float = _option(1.0, "how old the last look at a database may be when a read starts; 0 looks every time")

@@ -23,6 +23,7 @@ from s3blockfs.cache import BlockCache
 from s3blockfs.capabilities import ensure_safe, is_known_safe
 from s3blockfs.config import Config
 from s3blockfs.dirty import spill_folder
+from s3blockfs.diskcache import DiskCache
 from s3blockfs.format import keys
 from s3blockfs.format.keys import check_prefix, deleted_mark_key, is_prefix, join
 from s3blockfs.glances import Glances
@@ -58,7 +59,8 @@ class Names:
     def __init__(self, store: ObjectStore, runtime: Runtime, config: Config, root: str) -> None:
         self._store, self._runtime, self._config, self._root = store, runtime, config, root
         ahead_bytes = config.cache_size * 7 // 8 if config.readahead_size else 0
-        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s, ahead_bytes)
+        disk = None if config.cache_dir is None else DiskCache(config.cache_dir, config.cache_dir_size, runtime)
+        self._cache = BlockCache(store, runtime, config.cache_size, 2 * config.request_deadline_s, ahead_bytes, disk)
         self._lock = threading.Lock()
         self._heads: LRUCache[str, tuple[Version | None, float]] = LRUCache(HEADS_KEPT)
         self._head_files: WeakValueDictionary[str, AnyHead] = WeakValueDictionary()
