@@ -260,7 +260,8 @@ class Database(State):
         with self._gate:
             before = self.locks.level(owner)
             self.locks.unlock(owner, start, end)
-            self._after_change(owner, before)
+            if before >= Level.RESERVED:
+                self._after_change(owner, before)
 
     def owner_closes(self, owner: Hashable) -> bool:
         """A handle of `owner` closes. True if that ends a write transaction in its middle: its process died, or closed
@@ -322,12 +323,12 @@ class Database(State):
             if self._discarding is not None or self.is_dirty:
                 return
             now = self._source.runtime.monotonic()
-            reading = self._is_read(owner)
             known = self._heads.latest  # perhaps by another connection of this process
             newer = known is not None and known.head.rev > self.version.head.rev
             fresh = self.is_cut_off or now - self.checked_s < max_age_s
             if self._behind_s is None and fresh and not newer:
                 return
+            reading = self._is_read(owner)
             if self._behind_s is None or not reading:
                 version = known if known and newer and fresh else self._newest(now)
                 if not reading:

@@ -22,7 +22,7 @@ from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockF
 from s3blockfs.exclusive import ExclusiveDatabase
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid
 from s3blockfs.journal import HEADER_BYTES, is_hot
-from s3blockfs.kernelcache import KernelCache
+from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.names import Entry
 from s3blockfs.past import MountedNames
@@ -42,6 +42,7 @@ class _Handle:
 
     file: Database | SideFile
     readahead: Readahead
+    shown: Shown | None = None
     wrote: bool = False
     failed: bool = False
     owners: set[Hashable] = field(default_factory=set)
@@ -230,7 +231,7 @@ class FileSystem(Operations):
         handle = self._handles[info.fh]
         if isinstance(handle.file, SideFile):
             return handle.file.read(offset, size)
-        self._require_not_moved(handle.file)
+        self._require_not_moved(handle.file, handle.shown)
         return handle.file.read(offset, size, handle.readahead)
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
@@ -317,10 +318,10 @@ class FileSystem(Operations):
             if indexed is None:  # SQLite never locks a journal
                 raise OSError(errno.ENOLCK, f"{database.path}: cannot be locked")
             database = indexed
-        self._kernel.inode_of(database)
+        shown = self._kernel.inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
             return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
-        self._require_not_moved(database)
+        self._require_not_moved(database, shown)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:
             conflict = (indexed.index_locks if indexed else database.locks).test(owner, kind, start, end)
@@ -377,8 +378,9 @@ class FileSystem(Operations):
             text = "what was written through this descriptor is lost; open it again"
             raise OSError(errno.EIO, f"{handle.file.path}: {text}")
 
-    def _require_not_moved(self, database: Database) -> None:
-        if self._kernel.has_moved(database):
+    @staticmethod
+    def _require_not_moved(database: Database, shown: Shown | None) -> None:
+        if shown is not None and shown.moved:
             raise OSError(errno.ESTALE, f"{database.path}: was renamed; open it under its new name")
 
     def _before_finalising(self, side: SideFile) -> None:
@@ -432,8 +434,9 @@ class FileSystem(Operations):
         except BaseException:
             self._release(database)
             raise
-        self._kernel.opened(database, info)
+        shown = self._kernel.opened(database, info)
         handle = self._add_handle(info, database)
+        handle.shown = shown
         if isinstance(database, ExclusiveDatabase):
             handle.owners.add(context_pid())
         return handle

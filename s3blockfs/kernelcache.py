@@ -112,25 +112,23 @@ class KernelCache:
         with self._lock:
             return [pair for pair in self._shown.items() if not pair[0].is_gone and pair[0] is not replaced]
 
-    def has_moved(self, database: Database) -> bool:
-        return self._shown[database].moved
-
-    def inode_of(self, database: Database) -> None:
+    def inode_of(self, database: Database) -> Shown:
         """Learn the inode number while a handle keeps it alive: the kernel's own number is what stat shows."""
         shown = self._shown[database]
         if shown.inode is not None or (database.is_gone and not _is_lost(database)):
-            return
+            return shown
         try:
             inode = self._face.mounted.inode(f"/{database.path}")
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTCONN):  # unlinked, or the mount is ending: nothing to invalidate
-                return
+                return shown
             raise
         with self._lock:
             shown.inode = inode
             stale, shown.stale = shown.stale, False
         if stale:  # also when the last open dropped the pages: its answer may still be on its way
             self.invalidate(database)
+        return shown
 
     def invalidate(self, database: Database) -> None:
         """Drop the kernel's pages and attributes of a database."""

@@ -55,7 +55,8 @@ class RangeLocks:
     """The byte-range locks of one file, with the semantics of fcntl(2): advisory, per owner, per byte."""
 
     def __init__(self, held: list[Lock] | None = None) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # a Condition's own `with` is Python, and four calls of it make a SELECT
+        self._changed = threading.Condition(self._lock)
         self._held = held or []
 
     def __iter__(self) -> Iterator[Hashable]:
@@ -64,14 +65,14 @@ class RangeLocks:
 
     def try_lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> Lock | None:
         """F_SETLK: None when granted (in place of what `owner` held there), else what is in the way."""
-        with self._changed:
+        with self._lock:
             if (conflict := self.test(owner, kind, start, end)) is None:
                 self._replace(owner, start, end, Lock(owner, kind, start, end, pid))
             return conflict
 
     def unlock(self, owner: Hashable, start: int, end: int) -> None:
         """F_UNLCK: give back every byte of the range that `owner` holds."""
-        with self._changed:
+        with self._lock:
             self._replace(owner, start, end)
 
     def test(self, owner: Hashable, kind: Kind, start: int, end: int) -> Lock | None:
@@ -101,14 +102,17 @@ class RangeLocks:
 
     def level(self, owner: Hashable) -> Level:
         """What SQLite calls the locks of `owner` on a database file (not on `-shm`, where the bytes mean WAL locks)."""
-        own = [lock for lock in self._held if lock.owner == owner]
-        written = [lock for lock in own if lock.kind is Kind.WRITE]
-        if any(lock.start <= SHARED_FIRST and lock.end >= SHARED_LAST for lock in written):
-            return Level.EXCLUSIVE
-        if any(lock.overlaps(PENDING_BYTE, RESERVED_BYTE) for lock in written):
-            return Level.RESERVED
-        # Any byte of the range: whoever might read counts.
-        return Level.SHARED if any(lock.overlaps(SHARED_FIRST, SHARED_LAST) for lock in own) else Level.NONE
+        level = Level.NONE
+        for holder, kind, start, end, _ in self._held:
+            if holder == owner:
+                writes = kind is Kind.WRITE
+                if writes and start <= SHARED_FIRST and end >= SHARED_LAST:
+                    return Level.EXCLUSIVE
+                if writes and start <= RESERVED_BYTE and end >= PENDING_BYTE:
+                    level = Level.RESERVED
+                elif level is Level.NONE and start <= SHARED_LAST and end >= SHARED_FIRST:
+                    level = Level.SHARED  # any byte of the range: whoever might read counts
+        return level
 
     def writers(self) -> list[tuple[Hashable, int]]:
         """(owner, pid) of everybody at RESERVED or above."""
@@ -117,10 +121,15 @@ class RangeLocks:
 
     def _replace(self, owner: Hashable, start: int, end: int, *new: Lock) -> None:
         """Put `new` in the place of what the owner has in the range. `_held` is a new list: others may be reading."""
-        own = [held for held in self._held if held.owner == owner]
-        before = [held._replace(end=min(held.end, start - 1)) for held in own if held.start < start]
-        after = [held._replace(start=max(held.start, end + 1)) for held in own if held.end > end]
-        result = [held for held in self._held if held.owner != owner]
+        own: list[Lock] = []
+        result: list[Lock] = []
+        for held in self._held:
+            (own if held.owner == owner else result).append(held)
+        if not own:  # nobody waits for that
+            self._held = [*result, *new]
+            return
+        before = [held if held.end < start else held._replace(end=start - 1) for held in own if held.start < start]
+        after = [held if held.start > end else held._replace(start=end + 1) for held in own if held.end > end]
         for piece in (*before, *new, *after):
             last = result[-1] if result else None
             if last and (last.owner, last.kind, last.end + 1) == (owner, piece.kind, piece.start):

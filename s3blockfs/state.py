@@ -83,15 +83,19 @@ class State:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""
-        with contextlib.ExitStack() as afterwards, self._writing:
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if self._moved and self._depth == 0:
-                    self._moved = False
-                    afterwards.callback(self.on_moved)
+        moved = False
+        try:
+            with self._writing:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+                    if self._moved and self._depth == 0:
+                        self._moved, moved = False, True
+        finally:
+            if moved:
+                self.on_moved()
 
     def _require_settled(self) -> None:
         if self._doubt is not None:

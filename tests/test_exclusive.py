@@ -149,6 +149,8 @@ def test_an_outage_at_commit(pair: Pair, name: str, mode: str) -> None:
             assert "I/O" in str(said(writer, "COMMIT"))
             assert said(writer, STATE) == before
             assert reader(STATE, STATE) == before
+            with Client(pair.here / name) as newcomer:
+                assert newcomer(STATE) == before
             pair.proxy.rule = None
             writer(f"INSERT INTO t(n) VALUES ({turn})")
             assert reader("SELECT count(*) FROM t") == [[201 + turn]]
