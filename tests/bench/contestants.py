@@ -85,8 +85,8 @@ class Session:
         self._wire, self.worker, self._daemons, self._fixed = wire, worker, daemons, fixed
 
     def do(self, what: str, **arguments: Any) -> None:
-        """A step that is not measured."""
-        self.worker(what, **arguments)
+        """A step that is not measured, and may take longer than one that is."""
+        self.worker(what, patience=10, **arguments)
 
     @property
     def memory(self) -> float:
