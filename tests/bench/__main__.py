@@ -105,6 +105,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "--only", metavar="WORD", help="only contestants with this word in their names, such as `mount`"
     )
     parser.add_argument("--sweep", action="store_true", help="W19: block sizes and page sizes, instead of all others")
+    parser.add_argument("--transactions", type=int, default=200, help="of W7")
     parser.add_argument("--databases", type=int, default=10_000, help="of W15")
     parser.add_argument("--commits", type=int, default=30_000, help="of W17")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
@@ -126,7 +127,8 @@ def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "bench")
             place.create_bucket()
             ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)
-            ground.databases, ground.commits = given.databases, given.commits
+            ground.transactions, ground.databases = given.transactions, given.databases
+            ground.commits = given.commits
             said = [conditions(ground, given)]
             if given.sweep:
                 return lines, [*said, "", *sweep(ground)]

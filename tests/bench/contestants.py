@@ -47,6 +47,7 @@ class Ground:
     limit_s: float
     file: Path
     delay_ms: float
+    transactions: int = 200
     databases: int = 10_000
     commits: int = 30_000
     page_size: int = 4096
