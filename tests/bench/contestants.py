@@ -47,6 +47,7 @@ class Ground:
     limit_s: float
     file: Path
     delay_ms: float
+    transactions: int = 200
     databases: int = 10_000
     commits: int = 30_000
     page_size: int = 4096
@@ -85,8 +86,8 @@ class Session:
         self._wire, self.worker, self._daemons, self._fixed = wire, worker, daemons, fixed
 
     def do(self, what: str, **arguments: Any) -> None:
-        """A step that is not measured."""
-        self.worker(what, **arguments)
+        """A step that is not measured, and may take longer than one that is."""
+        self.worker(what, patience=10, **arguments)
 
     @property
     def memory(self) -> float:

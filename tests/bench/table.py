@@ -104,6 +104,12 @@ class Lines:
     def add(self, workload: str, who: str, measured: Measured) -> None:
         self.of(workload, who).runs.append(measured)
 
+    def fail(self, workload: str, who: str, why: str) -> None:
+        """Say it at each line of this contestant, or at one that is made for it."""
+        ways = [line for line in self if line.workload == workload and line.who.partition(",")[0] == who]
+        for line in ways or [self.of(workload, who)]:
+            line.failed = why
+
     def has(self, workload: str, who: str) -> bool:
         return bool((line := self._lines.get((workload, who))) and line.runs)
 

@@ -26,7 +26,7 @@ from bench.worker import TESTS
 Runs = Iterator[tuple[str, Measured]]
 
 BIG = "big.sqlite"
-WARM_ROWS, COLD_ROWS, COMMITS = 10_000, 100, 200
+WARM_ROWS, COLD_ROWS = 10_000, 100
 
 
 def w1(on: Contestant, turn: int) -> Runs:
@@ -103,10 +103,10 @@ def w7(on: Contestant, _: int) -> Runs:
     name = _fresh(on)
     with on.session(name) as session:
         if isinstance(on, RawS3):
-            measured = session.step("raw", call="puts", size=4096, count=COMMITS)
+            measured = session.step("raw", call="puts", size=4096, count=on.ground.transactions)
         else:
             session.do("table")
-            measured = session.step("commits", count=COMMITS)
+            measured = session.step("commits", count=on.ground.transactions)
     yield "", on.settled(measured)
 
 
