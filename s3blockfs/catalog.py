@@ -317,7 +317,7 @@ class Catalog(Names):
             if (held := self._open.get(prefix)) is None or held.is_gone:
                 return self._use(database)
             self._use(held)  # another thread was faster: there is only one per prefix
-        database.close()
+        Database.close(database)  # not with its `-wal` and `-shm`, which are those of the other
         return held
 
     def _use(self, database: Database) -> Database:

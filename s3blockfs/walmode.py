@@ -149,12 +149,13 @@ class WalDatabase(Database):
     # --- the index -------------------------------------------------------------------------------------
 
     def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
-        """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery of the index,
-        or for a checkpoint; or of a SQLite that waits for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
+        """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery, a checkpoint,
+        or a transaction of a SQLite that waits for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
         writes, reads = kind is Kind.WRITE and start == end == WRITE, kind is Kind.READ and start >= FIRST_READ
-        reads, shares = reads and end <= LAST_READ, self.index_locks.holds(owner, FIRST_READ, LAST_READ)
-        checks = self.index_locks.holds(owner, CHECKPOINT, CHECKPOINT)
-        begins = writes and (shares or (self._writer() is None and not checks and self._has_index()))
+        reads, holds = reads and end <= LAST_READ, self.index_locks.holds
+        shares, checks = holds(owner, FIRST_READ, LAST_READ), holds(owner, CHECKPOINT, CHECKPOINT)
+        held = writes and not shares and self._writer() is not None  # so it is not known what this is for
+        begins = writes and (shares or (not held and not checks and self._has_index()))
         if begins and self._header is None:
             self._lease.ask(owner)
         with self._gate:
@@ -165,8 +166,9 @@ class WalDatabase(Database):
                 if self._is_read(owner):
                     raise Busy(f"{self._label}: a newer state waits for readers to finish")
                 self._header = None  # also if no newer state can be had
-            begins = begins or (reads and self._is_unbegun(owner) and not checks)
-            if self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
+            shares, reads = holds(owner, FIRST_READ, LAST_READ), reads and not checks
+            begins = begins or (writes and shares) or (reads and self._is_unbegun(owner))
+            if held or self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
             if begins:  # locked already: a commit in the background must not give the lease away any more
                 try:
@@ -234,9 +236,8 @@ class WalDatabase(Database):
         self.forget_pages(index)
 
     def _hold_back(self) -> None:
-        """Readers that overlap keep an old state. Connections of one process share a read lock, so perhaps nothing is
-        seen of them: look for a newer state in their place, and if there is one, take the header from the index. Who
-        reads has a copy of it; who begins finds none, and SQLite asks for the lock to recover it for some time."""
+        """Readers that overlap keep an old state. Connections of one process share a read lock, so look in their place.
+        For a newer state take the header from the index: who reads has a copy; who begins waits to recover it."""
         with self._gate, contextlib.suppress(S3BlockFSError):
             now, index = self._source.runtime.monotonic(), self._side_files.get(self.path + INDEX_SUFFIX)
             if index is None or self._is_changed(None):
@@ -397,8 +398,7 @@ class WalDatabase(Database):
         with self._log_mutex:
             self._ahead = self._end = self._published = self._pending_s = None
             self._pending.clear()
-            self._broken = False
-            self._header = None
+            self._broken, self._header = False, None
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by

@@ -93,7 +93,7 @@ print(json.dumps([seen, took, errors]))
 """
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(120, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seconds", [9, pytest.param(120, marks=pytest.mark.long)])
 def test_overlapping_threads(pair: Pair, seconds: float, capsys: pytest.CaptureFixture[str]) -> None:
     """Of one process, in WAL mode: they share a lock, so the mount does not see them come and go. They come to what was
     committed elsewhere all the same, without an error, and a writer among them gets through."""
@@ -215,8 +215,9 @@ def polled(seconds: float, *paths: Path, threads: int = 1, processes: int = 1, a
     return sum(looks for looks, _ in said), min(len(seen) for _, seen in said)
 
 
-@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
-@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("mode", "seconds"), [("WAL", 2), *(pytest.param(mode, 20, marks=pytest.mark.long) for mode in ("DELETE", "WAL"))]
+)
 def test_following_costs_one_conditional_get_an_interval(
     pair: Pair, tmp_path: Path, seconds: int, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +247,7 @@ def test_following_costs_one_conditional_get_an_interval(
                 print(f"\n{mode}, {what}: {text}")
             assert all(each.method == "GET" and idle not in each.path for each in pair.proxy.requests)
             assert all(each.status == 304 or each.status == 200 for each in requests)
-            assert seconds * 0.8 - 1 <= len(requests) / len(paths) <= spent / REFRESH_S + 1
+            assert seconds * 0.8 - 1 <= len(requests) / len(paths) <= spent / REFRESH_S + 2  # one when it is opened
             assert others <= 2 * new  # what was read of a commit, and no more
             return new, values
 

@@ -62,11 +62,11 @@ def reader(
     ("face", "mode"),
     [
         ("mount", "WAL"),
-        ("read-only mount", "DELETE"),
-        pytest.param("mount", "DELETE", marks=pytest.mark.long),
-        pytest.param("read-only mount", "WAL", marks=pytest.mark.long),
         ("process", "DELETE"),
+        pytest.param("mount", "DELETE", marks=pytest.mark.long),
         pytest.param("process", "WAL", marks=pytest.mark.long),
+        pytest.param("read-only mount", "DELETE", marks=pytest.mark.long),
+        pytest.param("read-only mount", "WAL", marks=pytest.mark.long),
     ],
 )
 def test_a_transaction_keeps_its_state_within_the_retention(

@@ -9,10 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from engine import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3blockfs import wal
+from s3blockfs.walmode import WalDatabase
 
 
 class Log:
@@ -220,3 +222,15 @@ def test_hostile_bytes(data: st.DataObject) -> None:
     found = at and wal.committed(Log(bytes(content[:cut])).read, at)
     intact = 0 if place < 32 else (min(place, cut) - 32) // 536
     assert (found.end.frames if found else 0) == max(0, intact)
+
+
+def test_who_opens_a_database_at_the_same_time_takes_no_side_files_along() -> None:
+    """Two processes right after a mount came up: the log of the faster one stayed open, and was another file for all
+    others, and its index was cut off under the processes that had mapped it (found by the soak: SIGBUS)."""
+    with World() as world:
+        machine = world.machine()
+        machine.kind = WalDatabase
+        database = machine.create("a.db", exclusive=True)
+        made = [machine.side_files.create(f"a.db{suffix}") for suffix in ("-wal", "-shm")]
+        assert machine._add("a.db", database.version) is database
+        assert all(file.linked for file in made)

@@ -23,7 +23,7 @@ from mounting import PATIENCE_S, Mount, Place, command, mounted, sqlite
 from soak.worker import TABLES, Job, Ledger, look
 
 DATABASES = ("rollback.db", "wal-full.db", "wal-normal.db")
-OPTIONS = ("--refresh", "1", "--lease", "5")
+OPTIONS = ("--refresh", "1", "--lease", "15")  # a machine that is busy must not lose what waits with NORMAL
 
 
 class Failed(Exception):
