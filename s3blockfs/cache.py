@@ -31,7 +31,7 @@ from s3blockfs.runtime import Runtime, all_of
 #: time as 1.5 MB, in money as much as nothing; but bytes of other frames are thrown away.
 MAX_GAP_BYTES = 64 * 1024
 AHEAD_GETS = 6  # at a time; of 4 MiB each they fill a fast link, and Python is not faster
-SLOW_S = 1.0  # a GET of what is fetched ahead that takes longer shows a slow link, which readers need for themselves
+SLOW_S = 3.0  # a GET of what is fetched ahead that takes longer shows a slow link, which readers need for themselves
 DENSITIES_KEPT = 256
 
 OnMiss = Callable[[int], object]
