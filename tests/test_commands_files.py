@@ -180,6 +180,7 @@ def test_a_failure_amid_the_copy_keeps_its_kind(
 ) -> None:
     """It comes through SQLite, which has only an I/O error for it."""
     make(tmp_path / "a").close()
+    monkeypatch.setattr("s3blockfs.backup.GATHER_BYTES", 0)
     write = Database.write
 
     def failing(self: Database, offset: int, data: bytes) -> None:
