@@ -35,7 +35,7 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
-_INDEXES_KEPT = 4096  # decoded, of segments; an index names a few hundred extents
+_INDEXES_KEPT = 256  # decoded, of segments; a head names about 16 before a fold, an index takes some 20 KiB
 _PLACES_KEPT = 16384  # of blocks, by each snapshot: 3 MB
 
 
