@@ -208,7 +208,7 @@ def _overlap(measured: Measured) -> Measured:
 
 
 def python(ground: Ground, *arguments: str, said: Path = Path(os.devnull)) -> Measured:
-    """A Python process from start to end, which prints into a file; the most memory that it had, in MB."""
+    """A Python process from start to end, which prints into a file."""
     environment = ground.through.environment | {"PYTHONPATH": str(TESTS)}
     ground.wire.take()
     began = time.monotonic()
@@ -222,8 +222,7 @@ def python(ground: Ground, *arguments: str, said: Path = Path(os.devnull)) -> Me
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - began
     assert process.returncode == 0, f"{arguments} ended with {process.returncode}"
-    notes = {"MB of memory": used.ru_maxrss / 1000}
-    return Measured(seconds, used.ru_utime + used.ru_stime, ground.wire.take(), notes)
+    return Measured(seconds, used.ru_utime + used.ru_stime, ground.wire.take())
 
 
 def _mount(ground: Ground) -> Measured:
