@@ -227,6 +227,7 @@ def test_following_costs_one_conditional_get_an_interval(
     for name in (first, second, idle):
         sqlite(pair.elsewhere / name, f"PRAGMA journal_mode={mode}", "CREATE TABLE t(i INTEGER PRIMARY KEY, n, filler)")
         sqlite(pair.elsewhere / name, f"INSERT INTO t SELECT i, 0, randomblob(900) FROM ({numbers(200)})")
+    time.sleep(1)  # until the leases of these are given back
     daemon = mounted(pair.place.via(pair.proxy.url), tmp_path, "--read-only", refresh=str(REFRESH_S))
     with daemon as mount, Client(mount / idle) as kept, Client(pair.elsewhere / first) as writer:
         kept("SELECT count(*) FROM t")
