@@ -9,18 +9,17 @@ commit that failed is cut off the log: what follows would continue its checksums
 log and index (`-shm`, which daemons see only after the kernel wrote it back) may differ, the index's header is zeroed:
 SQLite then recovers it from the log.
 
-Invariants: while `_ahead` is set only SQLite's checkpoints write to `_view`; `_pending` are the transactions between
-`_published` and `_end`. Threads: as in `state.py`; `_log_mutex` protects `_end` and `_pending`, below all other locks.
-Readers that have it open never wait for a commit that is on its way."""
+Invariant: while `_ahead` is set only SQLite's checkpoints write to `_view`. Threads: as in `state.py`. Readers that
+have it open never wait for a commit that is on its way."""
 
 import contextlib
 import errno
 import logging
-import threading
 from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 from s3blockfs import header, wal
+from s3blockfs.backlog import Backlog
 from s3blockfs.database import LONG_BEHIND_S, Database
 from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
 from s3blockfs.lease import Stale
@@ -45,11 +44,8 @@ class WalDatabase(Database):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.index_locks = RangeLocks()
-        self._log_mutex = threading.Lock()
-        self._end: wal.Position | None = None
-        self._published: wal.Position | None = None
-        self._pending: list[wal.Committed] = []
-        self._pending_s: float | None = None
+        self._pending = Backlog(self._source.runtime)
+        self._doubtful: wal.Position | None = None  # the end of what was published last, or not: see `_doubt`
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
         self._pause_s, self._hold_after_s, self._begun = PAUSE_S, 0.0, False  # begun: who has the write lock writes
@@ -193,7 +189,7 @@ class WalDatabase(Database):
         if (writer := self._writer()) is None or writer.owner != owner:
             return
         with self._gate, self._changing():
-            self._cut(self._end)
+            self._cut(self._pending.end)
             self._spoil_index()  # it may not know what the last sync has published
 
     def _writer(self) -> Any:
@@ -259,32 +255,31 @@ class WalDatabase(Database):
 
     def log_write(self, offset: int) -> None:
         """SQLite is about to write there. Raises what publishing raises, and OSError: then it must not be written."""
-        if self._broken:
-            raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
+        self._require_unbroken()
+        if (writer := self._writer()) is not None and not self._begun:  # not seen in `lock_index`, see there
+            self._begin_write_in_log(writer.owner)
+            self._begun = True
         if offset == 0:
             self._restart(begins=True)
-        elif self._end is not None and offset < self._end.end:
+        elif self._pending.end is not None and offset < self._pending.end.end:
             self._rewrite(offset)
 
     def log_truncate(self, size: int) -> None:
         """The same for truncating it."""
         if size == 0:
             self._restart(begins=False)
-        elif self._end is not None and size < self._end.end:
+        elif self._pending.end is not None and size < self._pending.end.end:
             raise OSError(errno.EIO, f"{self._label}: transactions would be cut off the log")
 
     def log_sync(self, pid: int) -> None:
         """fsync by process `pid`: the commit point of synchronous=FULL, and the first thing a checkpoint does. Returns
         when what is committed is in S3. Raises when it is not: then a commit failed, and never comes back."""
         with self._changing():
-            self._require_settled()
-            if self._broken:
-                raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
-            writer, before, known = self._writer(), self._end, len(self._pending)
-            if writer is None or writer.pid == pid:
-                self._scan()
-            found = len(self._pending) > known
+            self._require_unbroken()
+            writer, before = self._writer(), self._pending.end
+            found = (writer is None or writer.pid == pid) and self._scan()
             try:
+                self._require_settled()
                 self._flush(ends=found)
             except BaseException:
                 if found:  # of a writer with locking_mode=EXCLUSIVE nobody knows what it takes for committed
@@ -308,33 +303,30 @@ class WalDatabase(Database):
         if not self.is_writing:
             self._lease.done(self)
 
+    def _require_unbroken(self) -> None:
+        if self._broken:
+            raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
+
     def _log(self) -> SideFile | None:
         return self._side_files.get(self.path + LOG_SUFFIX)
 
-    def _scan(self) -> None:
-        """Find what was committed since the last time."""
-        with self._log_mutex:
-            if (file := self._log()) is None or not self.is_logged:
-                return
-            since = self._end or wal.start(file.read(0, wal.HEADER_BYTES))
-            if since is not None and (found := wal.committed(file.read, since)) is not None:
-                self._published = self._published or since
-                self._end = found.end
-                self._pending.append(found)
+    def _scan(self) -> bool:
+        """Find what was committed since the last time; whether there was anything."""
+        file = self._log()
+        return file is not None and self.is_logged and self._pending.scan(file)
 
     def _note_commits(self) -> None:
         """Nobody syncs them: they are published soon."""
         if not self._broken:
             self._scan()
-            if self._pending and self._pending_s is None:
-                self._pending_s = self._source.runtime.monotonic()
 
     def _flush(self, ends: bool = False) -> None:
         """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
-        pending, file, view = list(self._pending), self._log(), self._ahead
+        pending, file, view = self._pending.take(), self._log(), self._ahead
         if not pending or file is None or view is None:
             return
         self._require_writable()
+        self._doubtful = pending[-1].end
         if not ends and self.is_writing:
             self._lease.stays()
         try:
@@ -348,11 +340,9 @@ class WalDatabase(Database):
             self._put(view)
         except BaseException:
             view.drop()
+            self._pending.failed()
             raise
-        with self._log_mutex:
-            del self._pending[: len(pending)]
-            self._published = pending[-1].end
-            self._pending_s = None
+        self._pending.done(pending[-1].end)
 
     def _restart(self, begins: bool) -> None:
         """A log begins anew: all that was in the old one is in the file."""
@@ -364,8 +354,7 @@ class WalDatabase(Database):
                 if self.is_dirty:
                     self._publish()
                 self._ahead = View(self._source, self._config, self._view.snapshot)
-            with self._log_mutex:
-                self._end = self._published = None
+            self._pending.restart()
 
     def _rebase(self) -> None:
         """Both states are the same now: forget what the checkpoints wrote."""
@@ -375,30 +364,22 @@ class WalDatabase(Database):
 
     def _rewrite(self, offset: int) -> None:
         """SQLite is about to overwrite what looked committed: an error came between the frames and the index."""
-        with self._gate, self._changing(), self._log_mutex:
-            if self._published is None or offset < self._published.end:
+        with self._gate, self._changing():
+            self._require_settled()
+            if not self._pending.rewrite(offset):
                 self._spoil_index()
                 raise OSError(errno.EIO, f"{self._label}: transactions that were published would be overwritten")
-            self._end = self._published
-            self._pending.clear()
 
     def _cut(self, end: wal.Position | None) -> None:
         """Back to this end of the log; nothing behind it may ever count."""
-        with self._log_mutex:
-            if (file := self._log()) is None:
-                return
-            at = end or wal.start(file.read(0, wal.HEADER_BYTES))
-            while self._pending and (at is None or self._pending[-1].end.frames > at.frames):
-                self._pending.pop()
-            self._end = end
-            file.truncate(0 if at is None else at.end)
-        self.forget_pages(file)
+        if (file := self._log()) is not None:
+            self._pending.cut(file, end)
+            self.forget_pages(file)
 
     def _forget_log(self) -> None:
-        with self._log_mutex:
-            self._ahead = self._end = self._published = self._pending_s = None
-            self._pending.clear()
-            self._broken, self._header = False, None
+        self._pending.clear()
+        self._ahead = None
+        self._broken, self._header = False, None
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by
@@ -421,10 +402,11 @@ class WalDatabase(Database):
     def tick(self) -> None:
         super().tick()
         now = self._source.runtime.monotonic()
-        if self._pending_s is None and self.is_logged and self._is_exclusive() and not self._broken:
-            self._pending_s = now  # there may be something that no lock tells of
-        if self._pending_s is not None and now - self._pending_s >= self._config.group_commit_s:
-            self._pending_s = now
+        since_s = self._pending.since_s
+        if since_s is None and self.is_logged and self._is_exclusive() and not self._broken:
+            since_s = self._pending.since_s = now  # there may be something that no lock tells of
+        if since_s is not None and now - since_s >= self._config.group_commit_s:
+            self._pending.since_s = now
             with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
                 self._source.runtime.submit(self._flush_soon)
         if self.is_logged and not list(self.locks):
@@ -441,9 +423,8 @@ class WalDatabase(Database):
                     if self._is_exclusive():
                         self._scan()
                     self._flush()
-                    self._pending_s = None
         except (CommitLost, DatabaseGone) as error:
-            self._pending_s = None  # the next transaction finds out
+            self._pending.since_s = None  # the next transaction finds out
             log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, error)
         except (S3BlockFSError, OSError) as error:
             log.warning("%s: not yet published: %s", self._label, error)
@@ -470,10 +451,12 @@ class WalDatabase(Database):
             super()._go_on(version)
             return
         with self._gate, self._changing():
-            self._doubt = None
-            if version is not None:  # it applied: like a commit from elsewhere, which the next transaction finds
-                self._pending.clear()
-            self.checked_s = float("-inf")
+            doubt, self._doubt = self._doubt, None
+            if version is not None and doubt is not None and self._doubtful is not None:  # it applied
+                applied = doubt.head.commit if self._pending.done(self._doubtful) else None
+                if version.head.commit == applied:  # a writer may be in its transaction, whose commit comes next
+                    self._adopt(version, None)
+            self.checked_s = float("-inf")  # what others did, or one that failed here, the next transaction finds
 
     def delete(self) -> None:
         with self._changing():
@@ -481,9 +464,11 @@ class WalDatabase(Database):
             super().delete()
 
     def close(self) -> None:
+        if self._doubt is not None and self._pending:
+            self._recover()
         try:
             with self._changing():
-                if self._doubt is None and self.is_logged and not self._broken:
+                if self.is_logged and not self._broken:
                     self._scan()
                     self._flush()
         except (S3BlockFSError, OSError) as error:

@@ -18,7 +18,7 @@ import pytest
 from engine import Call, Delayed, InlineRuntime, Process, World, shrink_limits
 
 from s3blockfs.catalog import Catalog
-from s3blockfs.errors import OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
+from s3blockfs.errors import Busy, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import Kind
 from s3blockfs.wal import FRAME_HEADER_BYTES, HEADER_BYTES
 from s3blockfs.walmode import CHECKPOINT, FIRST_READ, WRITE, WalDatabase
@@ -91,11 +91,11 @@ class Connection:
 
     @contextlib.contextmanager
     def locked(self, kind: Kind, start: int, end: int | None = None) -> Iterator[None]:
-        self.database.lock_index(self, kind, start, end or start, 1)
+        self.database.lock_index(self.process, kind, start, end or start, 1)
         try:
             yield
         finally:
-            self.database.unlock_index(self, start, end or start)
+            self.database.unlock_index(self.process, start, end or start)
 
     def commit(self, *statements: str, sync: bool) -> None:
         with self.locked(Kind.READ, MY_READ):
@@ -187,7 +187,7 @@ def wait(connection: Connection) -> None:
     """What NORMAL left is published in the background."""
     runtime = connection.machine._runtime
     runtime.sleep(1.5)
-    runtime.tick()  # type: ignore[attr-defined]
+    runtime.tick()
 
 
 #: Of a page that no other statement writes to: what a commit that failed left of it would stay.
@@ -245,10 +245,7 @@ class Run:
     def go(self) -> None:
         machine = self.world.machine(block_size=4096, lease_s=10.0)
         machine.kind = WalDatabase
-        database = machine.create(NAME, exclusive=True)
-        database.write(0, first())
-        database.close_handle(1)
-        machine.release(database)
+        make(machine)
         connection: Connection | None = None
         local = published = ran((first(), b""))[1]
         steps_after = 0
@@ -257,7 +254,7 @@ class Run:
             if steps_after > STEPS_AFTER:
                 break
             if connection is None:
-                connection = self._when_settled(lambda: Connection(machine))
+                connection = when_settled(self.world, lambda: Connection(machine))
             new = ran(connection.files(), *step.sql)[1]
             self.world.store.rule = self.rule
             try:
@@ -270,7 +267,7 @@ class Run:
             self.outcomes.append(outcome)
             self.down, self.world.store.rule = False, None
             where = f"step {step.name!r} {outcome} after {self.fault!r} at request {self.at} ({self.hit})"
-            found = self._published()
+            found = elsewhere(self.world)
             if outcome == "done" and step.durable:
                 assert found == new, where
             else:  # a prefix, which never gets shorter
@@ -279,29 +276,38 @@ class Run:
             if step.name == "close":
                 connection = None
                 continue
-            local = self._when_settled(connection.rows)
+            local = when_settled(self.world, connection.rows)
             assert local in allowed, where
             self.world.store.deliver()  # what is still on its way arrives, and changes nothing
-            assert self._published() in (published, local), where
+            assert elsewhere(self.world) in (published, local), where
             if step.name == "wait" or outcome == "unknown":
                 wait(connection)
-                published = self._published()
+                published = elsewhere(self.world)
                 assert published == local == connection.rows(), where
         machine.close()
-        assert self._published() == local
+        assert elsewhere(self.world) == local
 
-    def _when_settled(self, do: Callable[[], T]) -> T:
-        """By itself: a call that fails sets it going."""
-        for _ in range(5):
-            try:
-                return do()
-            except OutcomeUnknown:
-                self.world.runtime.sleep(3)
-        raise AssertionError("never settled")
 
-    def _published(self) -> str:
-        content = self.world.content(NAME)
-        return ran((content, b""))[1]
+def make(machine: Catalog) -> None:
+    database = machine.create(NAME, exclusive=True)
+    database.write(0, first())
+    database.close_handle(1)
+    machine.release(database)
+
+
+def when_settled(world: World, do: Callable[[], T]) -> T:
+    """By itself: a call that fails sets it going."""
+    for _ in range(5):
+        try:
+            return do()
+        except OutcomeUnknown:
+            world.runtime.sleep(3)
+    raise AssertionError("never settled")
+
+
+def elsewhere(world: World) -> str:
+    """What a machine that knows nothing reads."""
+    return ran((world.content(NAME), b""))[1]
 
 
 FAULTS = [f"{kind}, {then}" for then in ("once", "outage") for kind in ("before", "after", "delayed")]
@@ -333,3 +339,138 @@ def test_every_request_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
     print(fault, undisturbed.number + 1, hits, outcomes)
     assert hits > 10
     assert "done" in outcomes and ("unknown" in outcomes or fault != "after, outage")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("fault", ["before", "after", "delayed"])
+def test_publish_in_doubt_beside_a_writer(fault: str, sync: bool, ends: bool) -> None:
+    """What was committed before stays, whatever becomes of the PUT; NORMAL's next commit, too, and FULL's never is.
+    Also when the machine `ends` in doubt."""
+
+    def rule(call: Call, when: str) -> None:
+        nonlocal sent
+        if sent:
+            raise StoreUnavailable("outage")
+        sent = when == fault or fault == "delayed"
+        if sent:
+            raise Delayed if fault == "delayed" else RequestInDoubt("cut")
+
+    sent = False
+    with World(InlineRuntime()) as world:
+        machine = world.machine(block_size=4096, lease_s=10.0)
+        machine.kind = WalDatabase
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 1, 100), sync=False)
+        old = connection.rows()
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            before = connection.files()
+            (_, log), new = ran(before, insert(2, 1, 100))
+            world.store.rule = rule
+            wait(connection)
+            world.store.rule = None
+            assert connection.database.in_doubt
+            with pytest.raises(OutcomeUnknown) if sync else contextlib.nullcontext():
+                connection._append(before[1], log, sync)
+        kept = old if sync else new
+        if ends:
+            machine.close()
+            assert elsewhere(world) == kept
+            return
+        assert when_settled(world, connection.rows) == kept
+        world.store.deliver()
+        wait(connection)
+        assert elsewhere(world) == connection.rows() == kept
+        connection.commit(insert(3, 1, 100), sync=True)
+        assert elsewhere(world) == connection.rows() != kept
+        new = connection.rows()
+        connection.close()
+        assert elsewhere(world) == new
+
+
+def test_commit_during_a_publish_is_published() -> None:
+    """It is noted while the background is publishing those before it."""
+
+    def rule(call: Call, when: str) -> None:
+        if call.site == "swap" and when == "after":
+            world.store.rule = None
+            ends.close()
+
+    with World(InlineRuntime()) as world, contextlib.ExitStack() as ends:
+        machine = world.machine(block_size=4096, lease_s=10.0)
+        machine.kind = WalDatabase
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 1, 100), sync=False)
+        ends.enter_context(connection.locked(Kind.READ, MY_READ))
+        ends.enter_context(connection.locked(Kind.WRITE, WRITE))
+        before = connection.files()
+        (_, log), new = ran(before, insert(2, 1, 100))
+        connection._append(before[1], log, sync=False)
+        world.store.rule = rule
+        wait(connection)
+        assert elsewhere(world) != new == connection.rows()
+        wait(connection)
+        assert elsewhere(world) == new
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_writer_beside_a_checkpoint_needs_the_lease(taken: bool) -> None:
+    """A thread checkpoints, so that its process's write lock could be for that; but another one commits."""
+    with World(InlineRuntime()) as world:
+        machines = [world.machine(block_size=4096, lease_s=10.0) for _ in range(2)]
+        for machine in machines:
+            machine.kind = WalDatabase
+        make(machines[0])
+        here = Connection(machines[0])
+        here.commit(insert(1, 1, 100), sync=True)
+        there = Connection(machines[1])
+        world.runtime.sleep(2)
+        machines[0]._runtime.tick()
+        before = here.files()
+        (_, log), _ = ran(before, insert(2, 1, 100))
+        with contextlib.ExitStack() as locks:
+            if taken:
+                locks.enter_context(there.locked(Kind.READ, MY_READ))
+                locks.enter_context(there.locked(Kind.WRITE, WRITE))
+            locks.enter_context(here.locked(Kind.WRITE, CHECKPOINT))
+            locks.enter_context(here.locked(Kind.WRITE, WRITE))
+            locks.enter_context(here.locked(Kind.READ, MY_READ))
+            with pytest.raises(Busy) if taken else contextlib.nullcontext():
+                here._append(before[1], log, sync=True)
+            assert here.database._lease.is_held is not taken
+
+
+def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
+    """It has no locks of the index, so its log cannot be cut under it: nothing of it is published, until it lets go."""
+
+    def rule(call: Call, when: str) -> None:
+        raise StoreUnavailable("outage")
+
+    with World(InlineRuntime()) as world:
+        machine = world.machine(block_size=4096, lease_s=10.0)
+        machine.kind = WalDatabase
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 1, 100), sync=True)
+        old = connection.rows()
+        with connection.locked(Kind.READ, MY_READ):
+            connection.process.exclusive()
+        before = connection.files()
+        (_, log), _ = ran(before, insert(2, 1, 100))
+        world.store.rule = rule
+        with pytest.raises(StoreUnavailable):
+            connection._append(before[1], log, sync=True)
+        world.store.rule = None
+        with pytest.raises(OSError, match="a commit failed"):
+            connection.database.log_sync(1)  # its next checkpoint
+        with pytest.raises(OSError, match="a commit failed"):
+            connection.database.log_write(len(before[1]))
+        wait(connection)
+        assert elsewhere(world) == old
+        connection.process.unlock()
+        connection.process.shared()
+        assert elsewhere(world) == connection.rows() == old
+        connection.commit(insert(3, 1, 100), sync=True)
+        assert elsewhere(world) == connection.rows() != old
