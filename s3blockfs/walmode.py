@@ -379,7 +379,7 @@ class WalDatabase(Database):
     def _forget_log(self) -> None:
         self._pending.clear()
         self._ahead = None
-        self._broken, self._header = False, None
+        self._broken, self._begun, self._header = False, False, None
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from engine import Call, Delayed, InlineRuntime, World, shrink_limits
-from walclient import MY_READ, Connection, elsewhere, first, insert, make, ran, wait, wal_machine, when_settled
+from walclient import MY_READ, NAME, Connection, elsewhere, first, insert, make, ran, wait, wal_machine, when_settled
 
 from s3blockfs.errors import Busy, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import Kind
@@ -294,3 +294,23 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
         assert elsewhere(world) == connection.rows() == old
         connection.commit(insert(3, 1, 100), sync=True)
         assert elsewhere(world) == connection.rows() != old
+
+
+def test_writer_that_died_leaves_nothing_that_looks_begun() -> None:
+    """Its lock of the index went with the index: the next writer needs the lease as any other."""
+    with World(InlineRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 1, 100), sync=True)
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            connection.process.close()
+            machine.open(NAME).tidy()
+            assert machine.side_files.get(f"{NAME}-wal") is None
+        world.runtime.sleep(2)
+        machine.tick()
+        connection = Connection(machine)
+        (_, log), _ = ran(connection.files(), insert(2, 1, 100))
+        with connection.locked(Kind.WRITE, WRITE), connection.locked(Kind.READ, MY_READ):
+            connection.append(b"", log, sync=False)
+            assert connection.database._lease.is_held
