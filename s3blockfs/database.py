@@ -61,7 +61,6 @@ class Database(State):
         self._behind_s: float | None = None
         self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
         self._began: tuple[Hashable, bytes] = (None, b"")  # who took RESERVED last, and on which commit
-        self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
         self.locks = RangeLocks()
         self.path = path
 
@@ -285,22 +284,15 @@ class Database(State):
                 self._begin_write(owner)
                 self._lease.granted(owner)
                 self._began = owner, self.version.head.commit
-        elif kind is Kind.WRITE and (start, end, level) == (PENDING_BYTE, PENDING_BYTE, Level.NONE):
-            if self._began != (owner, self.version.head.commit):  # SQLite holds SHARED here, and believes so
-                text = "another SQLite library of its process gave up the locks of this transaction; run it again"
-                raise CommitLost(f"{self._label}: {text}")
-        elif kind is Kind.WRITE and start <= SHARED_LAST and end >= SHARED_FIRST and self._doomed[0] == owner:
-            text = f"{self._label}: changed elsewhere; roll back, and run the transaction again"
-            if self._source.runtime.monotonic() - self._doomed[1] < LONG_BEHIND_S:
-                raise Busy(text)
-            with self._changing():  # a long busy_timeout would keep everybody else here waiting for that roll-back
-                self._fail(remove_journal=False)
-            raise CommitLost(text)
+        elif (kind, start, end, level) == (Kind.WRITE, PENDING_BYTE, PENDING_BYTE, Level.NONE) and (
+            self._began != (owner, self.version.head.commit)  # SQLite holds SHARED here, and believes so
+        ):
+            text = "another SQLite library of its process gave up the locks of this transaction; run it again"
+            raise CommitLost(f"{self._label}: {text}")
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
         if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
             return
-        self._doomed = None, 0.0
         self._lease.done(self)
         if self._discarding == owner:
             with self._changing():
@@ -381,11 +373,7 @@ class Database(State):
                 self._fall_behind(now)
                 if self._refused is None or self._refused[0] != owner:
                     self._refused = owner, now
-                if now - self._refused[1] < max(2 * self._config.refresh_s, LONG_BEHIND_S):
-                    raise
-                # One process shares a single SHARED among its connections, and may never let go of it. SQLite's own
-                # PENDING keeps its new readers out: so let it come to that, and refuse EXCLUSIVE.
-                self._doomed = owner, now
+                raise
 
     def _convert(self) -> None:
         """Before the first change. The bytes stay as they are."""

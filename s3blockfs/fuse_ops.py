@@ -25,6 +25,7 @@ from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
 from s3blockfs.names import Entry
+from s3blockfs.overlap import MountedDatabase
 from s3blockfs.past import MountedNames
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime
@@ -138,7 +139,7 @@ class FileSystem(Operations):
     def unlink(self, path: str) -> None:
         if not is_side_file(path):
             return self._catalog.remove(self._names.changeable(path))
-        side = self._side(path)
+        side = self._side(path, changes=True)
         self._before_finalising(side)
         if (logged := self._log_of(side)) is not None:
             logged.log_unlink()
@@ -203,13 +204,14 @@ class FileSystem(Operations):
         self._add_handle(info, side)
 
     def open(self, path: str, info: FileInfo) -> None:
+        writes = info.flags & os.O_ACCMODE != os.O_RDONLY
         if is_side_file(path):
             try:
-                handle, writes = self._add_handle(info, self._side(path)), False
+                handle, writes = self._add_handle(info, self._side(path, writes)), False
             except FileNotFoundError:
                 raise LookAgain(path) from None
         else:
-            if writes := info.flags & os.O_ACCMODE != os.O_RDONLY:
+            if writes:
                 self._names.changeable(path)
             try:
                 database = self._names.open(path)
@@ -256,7 +258,7 @@ class FileSystem(Operations):
             return self._truncate(self._handles[info.fh], length)
         assert path is not None
         if is_side_file(path):
-            return self._truncate_side(self._side(path), length)
+            return self._truncate_side(self._side(path, changes=True), length)
         database = self._catalog.open(self._names.changeable(path))
         self._hold(database)
         try:  # truncate(2): there is no handle whose close could publish it
@@ -302,7 +304,7 @@ class FileSystem(Operations):
             database = self._handles.pop(info.fh).file
             if isinstance(database, SideFile):
                 return
-        self._kernel.closed(database)
+        self._kernel.closed(database, info)
         self._release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
@@ -409,10 +411,16 @@ class FileSystem(Operations):
             raise OSError(errno.EIO, f"{side.path}: was removed; what was not in S3 is lost")
         return self._in_wal_mode(side.path, LOG_SUFFIX)
 
-    def _side(self, path: str) -> SideFile:
-        if (side := self._catalog.side_files.get(self._side_path(path))) is None:
+    def _side(self, path: str, changes: bool = False) -> SideFile:
+        """Raises FileNotFoundError; OSError (EBUSY) if it is not to be changed because it is only pretended."""
+        database = self._catalog.opened_at((name := self._side_path(path)).removesuffix(JOURNAL_SUFFIX))
+        if isinstance(database, MountedDatabase) and (side := database.pretended_journal) is not None:
+            if changes:
+                raise OSError(errno.EBUSY, f"{path}: a newer state waits for readers to finish")
+            return side
+        if (found := self._catalog.side_files.get(name)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
-        return side
+        return found
 
     def _commits(self, super_journal: str | None) -> bool:
         """Whether fsync does, not the journal's unlink: during that the kernel holds the directory locked, against all

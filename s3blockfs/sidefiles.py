@@ -61,6 +61,13 @@ class SideFiles:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         return found
 
+    def pretended(self, path: str) -> SideFile:
+        """A file that seems to be a hot journal; nobody finds it here under its name."""
+        made = SideFile(self._folder, path)
+        made.linked = False
+        made.write(0, b"?")
+        return made
+
     def remove(self, path: str) -> None:
         """Unlink it, if it is there."""
         if (found := self._files.pop(path, None)) is not None:

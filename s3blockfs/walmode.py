@@ -20,10 +20,10 @@ from typing import Any
 
 from s3blockfs import header, wal
 from s3blockfs.backlog import Backlog
-from s3blockfs.database import LONG_BEHIND_S, Database
 from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
 from s3blockfs.lease import Stale
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.overlap import HELD_BACK_S, LOOK_EVERY_S, PAUSE_S, MountedDatabase
 from s3blockfs.sidefiles import INDEX_SUFFIX, LOG_SUFFIX, SideFile
 from s3blockfs.snapshot import Version
 from s3blockfs.view import View
@@ -33,12 +33,8 @@ log = logging.getLogger(__name__)
 #: Bytes of `-shm` that SQLite locks: https://sqlite.org/walformat.html#wal_locks
 WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 
-#: While readers that overlap keep an old state, new ones wait for so long (SQLite takes 10 s of it for an error), then
-#: not for so long; twice as long each time that it was in vain. How often to look for a newer state for them, at most.
-HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0
 
-
-class WalDatabase(Database):
+class WalDatabase(MountedDatabase):
     """Made by `catalog.py` for a mount that may write."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -48,7 +44,7 @@ class WalDatabase(Database):
         self._doubtful: wal.Position | None = None  # the end of what was published last, or not: see `_doubt`
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
-        self._pause_s, self._hold_after_s, self._begun = PAUSE_S, 0.0, False  # begun: who has the write lock writes
+        self._begun = False  # who has the write lock writes
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -232,21 +228,21 @@ class WalDatabase(Database):
         self.forget_pages(index)
 
     def _hold_back(self) -> None:
-        """Readers that overlap keep an old state. Connections of one process share a read lock, so look in their place.
-        For a newer state take the header from the index: who reads has a copy; who begins waits to recover it."""
+        """For a newer state take the header from the index: who reads has a copy; who begins waits to recover it."""
+        if self._log() is None:
+            super()._hold_back()
+            return
         with self._gate, contextlib.suppress(S3BlockFSError):
             now, index = self._source.runtime.monotonic(), self._side_files.get(self.path + INDEX_SUFFIX)
             if index is None or self._is_changed(None):
                 return  # what SQLite writes there meanwhile, the kernel would write over what is written here
             if self._header is not None and now - self._header[1] >= HELD_BACK_S and self._is_read(None):
                 self._write_index(index, self._header[0])
-                self._header, self._hold_after_s = None, now + self._pause_s
-                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+                self._header = None
+                self._was_in_vain(now)
                 return
             self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
-            is_due = self._header is None and self._behind_s is not None and now >= self._hold_after_s
-            waited_s = now - (self._behind_s or now)
-            if is_due and (self._refused or waited_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S)):
+            if self._header is None and self._is_due(now):
                 self.forget_pages(index)
                 self._header = index.read(0, wal.INDEX_HEADERS_BYTES), now
                 self._write_index(index, bytes(wal.INDEX_HEADERS_BYTES))
@@ -412,9 +408,6 @@ class WalDatabase(Database):
         if self.is_logged and not list(self.locks):
             with contextlib.suppress(RuntimeError):
                 self._source.runtime.submit(self.tidy)
-        elif self._log() is not None and self._is_read(None) and now - self.checked_s >= self._config.refresh_s:
-            with contextlib.suppress(RuntimeError):
-                self._source.runtime.submit(self._hold_back)
 
     def _flush_soon(self) -> None:
         try:

@@ -32,9 +32,10 @@ def same(content: bytes, expected: bytes) -> bool:
 class Scene:
     """One database with three pages in state 1, opened by a machine."""
 
-    def __init__(self, world: World, **changes: object) -> None:
+    def __init__(self, world: World, kind: type[Database] = Database, **changes: object) -> None:
         self.world = world
         self.machine: Catalog = world.machine(**changes)
+        self.machine.kind = kind
         self.database: Database = self.machine.create(PREFIX, exclusive=True)
         self.database.write(0, state(1))
         self.database.close_handle(0)
@@ -89,9 +90,10 @@ LEASE_S = 10.0
 class Writer:
     """One machine with the database open, and a process on it."""
 
-    def __init__(self, world: World, pid: int, **changes: object) -> None:
+    def __init__(self, world: World, pid: int, kind: type[Database] = Database, **changes: object) -> None:
         self.world = world
         self.machine = world.machine(lease_s=LEASE_S, refresh_s=0.0, **changes)
+        self.machine.kind = kind
         self.database = self.machine.create("a.db", exclusive=False)
         self.process = Process(self.machine, self.database, pid)
 

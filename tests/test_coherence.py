@@ -40,10 +40,14 @@ def pair(mounts: Pair) -> Iterator[Pair]:
 #: [how long each write took] and [errors].
 OVERLAPPING = """
 import json, random, sqlite3, sys, threading, time
-path, seconds = sys.argv[1], float(sys.argv[2])
+path, seconds, mode = sys.argv[1], float(sys.argv[2]), sys.argv[3]
 changed, holding, seen, looks, took, errors = threading.Condition(), 0, {}, 0, [], []
 until = time.monotonic() + seconds
-connect = lambda: sqlite3.connect(path, isolation_level=None, timeout=20)
+def connect():
+    db = sqlite3.connect(path, isolation_level=None, timeout=20)
+    if db.execute("PRAGMA journal_mode").fetchone() != (mode.lower(),):
+        db.execute(f"PRAGMA journal_mode={mode}")
+    return db
 def read():
     global holding, looks
     db = connect()
@@ -95,15 +99,16 @@ print(json.dumps([list(seen.items()), looks, took, errors]))
 """
 
 
+@pytest.mark.parametrize("mode", ["DELETE", pytest.param("PERSIST", marks=pytest.mark.long), "WAL"])
 @pytest.mark.parametrize("seconds", [9, pytest.param(120, marks=pytest.mark.long)])
-def test_overlapping_threads(pair: Pair, seconds: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one process, in WAL mode: they share a lock, so the mount does not see them come and go. They come to what was
-    committed elsewhere all the same, without an error, and a writer among them gets through."""
+def test_overlapping_threads(pair: Pair, seconds: float, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one process: they share a lock, so the mount does not see them come and go. They come to what was committed
+    elsewhere all the same, without an error, and a writer among them gets through."""
     name = fresh_name()
-    sqlite(pair.elsewhere / name, "PRAGMA journal_mode=WAL", "CREATE TABLE t(i INTEGER PRIMARY KEY, n, filler)")
+    sqlite(pair.elsewhere / name, f"PRAGMA journal_mode={mode}", "CREATE TABLE t(i INTEGER PRIMARY KEY, n, filler)")
     rows = "WITH c(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM c WHERE i<40) SELECT i, 0, zeroblob(900) FROM c"
     sqlite(pair.elsewhere / name, f"INSERT INTO t {rows}", "CREATE TABLE w(n)", "INSERT INTO w VALUES (0)")
-    line = [sys.executable, "-c", OVERLAPPING, str(pair.here / name), str(seconds)]
+    line = [sys.executable, "-c", OVERLAPPING, str(pair.here / name), str(seconds), mode]
     committed = [(time.monotonic(), 0)]
     with Client(pair.elsewhere / name) as writer, subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -13,6 +13,7 @@ from s3blockfs.errors import Busy, CommitLost, StoreUnavailable
 from s3blockfs.format import head as codec
 from s3blockfs.lease import COMES_S, CONTENDED_S, LINGER_S, LONGEST_LINE, POLL_S, REST_S, TENURE_S, Stale
 from s3blockfs.locks import Level
+from s3blockfs.overlap import MountedDatabase
 
 
 @pytest.fixture
@@ -250,8 +251,11 @@ def test_readers_that_overlap_do_not_keep_an_old_state_shown_for_ever(
 
 
 def come_to_pending(world: World, pair: tuple[Writer, Writer]) -> Writer:
-    """Connections of one process share a SHARED: RESERVED is granted on the old state in the end."""
-    first, second = pair
+    """Connections of one process share a SHARED, and one of them is read-only: RESERVED is granted on the old state in
+    the end."""
+    first, second = Writer(world, 3, MountedDatabase), pair[1]
+    assert isinstance(first.database, MountedDatabase)
+    first.database.only_read = 1
     first.process.shared()
     second.write(2)
     world.runtime.sleep(LINGER_S)

@@ -1,0 +1,113 @@
+"""A database of a mount whose readers overlap, so that there is never a moment to show a newer state.
+
+Connections of one process share one SHARED lock, and count without a call to the daemon who has it. So the ticker looks
+for newer states in their place, and new readers are held back until those under way have finished: by a journal that
+is only pretended. SQLite looks for `NAME-journal` before it reads, takes this one for hot, wants EXCLUSIVE to play it
+back, is refused, and lets its SHARED go: that is SQLITE_BUSY, for which `busy_timeout` waits. (`walmode.py` does it by
+the index.) A handle that is open read-only would get SQLITE_READONLY instead: while there is one, nobody is held back.
+
+Invariants: the journal is nowhere but in answers to who asks for its name, and in place of none that is hot; while it
+is pretended no write lock is granted, nor is one held; its one byte is no header, so nothing could be played back."""
+
+import contextlib
+from collections.abc import Hashable
+from typing import Any
+
+from s3blockfs.database import LONG_BEHIND_S, Database
+from s3blockfs.errors import Busy, CommitLost, S3BlockFSError
+from s3blockfs.lease import Stale
+from s3blockfs.locks import SHARED_FIRST, SHARED_LAST, Kind, Level
+from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile
+
+#: While readers that overlap keep an old state, new ones wait for so long (in WAL mode SQLite takes 10 s of it for an
+#: error), then not for so long; twice as long each time that it was in vain. How often to look for a newer state.
+HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0
+
+
+class MountedDatabase(Database):
+    """Threads: `only_read` belongs to the face, the rest as in `state.py`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.only_read = 0  # handles that are open for reading only
+        self._pretended: SideFile | None = None
+        self._met_s: float | None = None  # when somebody first met it: kernels remember that there was none
+        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
+        self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
+
+    @property
+    def pretended_journal(self) -> SideFile | None:
+        """What is to be shown as the journal, if readers are to be held back."""
+        if (pretended := self._pretended) is None or not self._holds_back() or self._journal_is_hot():
+            return None
+        self._met_s = self._met_s or self._source.runtime.monotonic()
+        return pretended
+
+    def _holds_back(self) -> bool:
+        return self._pretended is not None and self._behind_s is not None and not self.only_read
+
+    def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
+        if kind is Kind.WRITE:
+            if self._holds_back():
+                raise Busy(f"{self._label}: a newer state waits for readers to finish")
+            self._pretended = None
+            if start <= SHARED_LAST and end >= SHARED_FIRST and self._doomed[0] == owner:
+                self._refuse_doomed()
+        super()._before_grant(owner, level, kind, start, end)
+
+    def _after_change(self, owner: Hashable, before: Level) -> None:
+        if self.locks.level(owner) < Level.RESERVED <= before:
+            self._doomed = None, 0.0
+        super()._after_change(owner, before)
+
+    def _begin_write(self, owner: Hashable) -> None:
+        try:
+            super()._begin_write(owner)
+        except Stale:
+            now, since_s = self._source.runtime.monotonic(), self._refused[1] if self._refused else 0.0
+            if not self.only_read or now - since_s < max(2 * self._config.refresh_s, LONG_BEHIND_S):
+                raise
+            # SQLite's own PENDING keeps new readers of this process out: so let it come to that, and refuse EXCLUSIVE.
+            self._doomed = owner, now
+
+    def _refuse_doomed(self) -> None:
+        text = f"{self._label}: changed elsewhere; roll back, and run the transaction again"
+        if self._source.runtime.monotonic() - self._doomed[1] < LONG_BEHIND_S:
+            raise Busy(text)
+        with self._changing():  # a long busy_timeout would keep everybody else here waiting for that roll-back
+            self._fail(remove_journal=False)
+        raise CommitLost(text)
+
+    def _fall_behind(self, now: float) -> None:
+        if self._behind_s is None:
+            self._pretended, self._pause_s, self._hold_after_s = None, PAUSE_S, 0.0
+        super()._fall_behind(now)
+
+    def tick(self) -> None:
+        super().tick()
+        if self._is_read(None) and self._source.runtime.monotonic() - self.checked_s >= self._config.refresh_s:
+            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
+                self._source.runtime.submit(self._hold_back)
+
+    def _hold_back(self) -> None:
+        """Begin or end that, if it is time."""
+        with self._gate, contextlib.suppress(S3BlockFSError, OSError):
+            now = self._source.runtime.monotonic()
+            if self._pretended is not None and self._behind_s is not None:
+                if self._met_s is not None and now - self._met_s >= HELD_BACK_S:
+                    self._pretended = None
+                    self._was_in_vain(now)
+            elif now >= self._hold_after_s and not (self.only_read or self.is_writing):
+                self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
+                if self._is_due(now) and self.size:  # beside an empty file SQLite deletes a journal
+                    self._met_s, self._pretended = None, self._side_files.pretended(self.path + JOURNAL_SUFFIX)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether new readers should wait, for a newer state's sake."""
+        if self._behind_s is None or now < self._hold_after_s:
+            return False
+        return bool(self._refused) or now - self._behind_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S)
+
+    def _was_in_vain(self, now: float) -> None:
+        self._hold_after_s = now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
