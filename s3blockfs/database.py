@@ -53,16 +53,14 @@ class Database(State):
         super().__init__(source, lease.heads, config, version)
         self._lease, self._publisher, self._side_files = lease, Publisher(source, lease), side_files
         self._housekeeper = Housekeeper(source, lease.heads, config)
-        self._wrote = False
-        self.publishing = False
+        self._wrote = self.publishing = False
         self._discarding: Hashable | None = None
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
         self._journal_images_committed = True
         self._behind_s: float | None = None
         self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
         self._began: tuple[Hashable, bytes] = (None, b"")  # who took RESERVED last, and on which commit
-        self.locks = RangeLocks()
-        self.path = path
+        self.locks, self.path = RangeLocks(), path
 
     @property
     def is_writing(self) -> bool:
@@ -167,11 +165,9 @@ class Database(State):
             self._require_settled()
             if self._discarding is not None:
                 raise StoreUnavailable(f"{self._label}: an earlier commit of this transaction failed; roll back")
-            if self._is_clean() or self._journal_is_hot():
-                return
-            if any(writer != pid for _, writer in self.locks.writers()):
-                return
-            self._publish()
+            others = any(writer != pid for _, writer in self.locks.writers())
+            if not (self._is_clean() or others or self._journal_is_hot()):
+                self._publish(pid)
 
     def _is_clean(self) -> bool:
         """Whether there is nothing to publish. Raises DatabaseGone when that is because of `delete`."""
@@ -179,11 +175,11 @@ class Database(State):
             raise DatabaseGone(self._gone)
         return not self.is_dirty
 
-    def _publish(self, finalising: int | None = None) -> None:
-        """`finalising`: the process whose journal is being finalised."""
+    def _publish(self, pid: int | None = None) -> None:
+        """`pid`: the process whose commit this is, if it has yet to cut the file."""
         try:
-            if finalising is not None:
-                self._shrink_to_header(finalising)
+            if pid is not None:
+                self._shrink_to_header(pid)
             if self._view.uploads is not None:  # else what was beyond the end was all there was
                 self._moved |= self._put(self._view)
         except Unsettled:
@@ -205,8 +201,7 @@ class Database(State):
         finally:
             self.publishing = False
         self._wrote = True
-        newest = version.etag != SUPERSEDED
-        self.checked_s = now if newest else float("-inf")
+        self.checked_s = float("-inf") if version.etag == SUPERSEDED else now
         self._adopt(version, snapshot)
         return counter_set or snapshot is None
 
@@ -219,9 +214,9 @@ class Database(State):
 
     def _shrink_to_header(self, pid: int) -> None:
         """SQLite truncates the file only after the commit point, so the header's page count, if valid, goes first."""
-        if pid not in [writer for owner, writer in self.locks.writers() if self.locks.level(owner) is Level.EXCLUSIVE]:
-            return
-        if (size := header.file_size(self.read(0, header.HEADER_BYTES))) is not None and size < self.size:
+        exclusive = [writer for owner, writer in self.locks.writers() if self.locks.level(owner) is Level.EXCLUSIVE]
+        size = header.file_size(self.read(0, header.HEADER_BYTES)) if pid in exclusive else None
+        if size is not None and size < self.size:
             self.truncate(size)
 
     # --- locks -----------------------------------------------------------------------------------------
@@ -256,11 +251,17 @@ class Database(State):
             raise
 
     def unlock(self, owner: Hashable, start: int, end: int) -> None:
-        with self._gate:
-            before = self.locks.level(owner)
-            self.locks.unlock(owner, start, end)
-            if before >= Level.RESERVED:
-                self._after_change(owner, before)
+        """The commit point if nothing is synced or finalised. Raises what publishing raises, with the lock released."""
+        try:
+            if start <= RESERVED_BYTE <= end and self.is_dirty and self._discarding is self._doubt is None:
+                for pid in [pid for writer, pid in self.locks.writers() if writer == owner]:
+                    self.close_handle(pid)
+        finally:
+            with self._gate:
+                before = self.locks.level(owner)
+                self.locks.unlock(owner, start, end)
+                if before >= Level.RESERVED:
+                    self._after_change(owner, before)
 
     def owner_closes(self, owner: Hashable) -> bool:
         """A handle of `owner` closes. True if that ends a write transaction in its middle: its process died, or closed
@@ -377,13 +378,12 @@ class Database(State):
 
     def _convert(self) -> None:
         """Before the first change. The bytes stay as they are."""
-        shown = self.version
         try:
-            version = self._heads.convert(shown)
+            version = self._heads.convert(self.version)
         except Busy:
             self.checked_s = float("-inf")
             raise
-        if version is not shown:
+        if version is not self.version:
             self._adopt(version, None)
 
     # --- states ----------------------------------------------------------------------------------------

@@ -322,7 +322,12 @@ class FileSystem(Operations):
             database = indexed
         shown = self._kernel.inode_of(database)
         if lock.l_type == F_UNLCK and command != F_GETLK:
-            return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
+            try:
+                return (indexed.unlock_index if indexed else database.unlock)(owner, start, end)
+            except BaseException:
+                handle.failed |= indexed is None  # its pages are not what was published, and it does not know
+                raise
+        self._require_sound(handle)
         self._require_not_moved(database, shown)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:

@@ -348,7 +348,7 @@ class _DatabaseFile(_File):
     def xUnlock(self, level: int) -> None:
         if level == apsw.SQLITE_LOCK_SHARED:
             self.database.lock(self, *_LOCKS[level], self.pid)
-            self.database.unlock(self, PENDING_BYTE, RESERVED_BYTE)
+            self.commit_point(lambda pid: self.database.unlock(self, PENDING_BYTE, RESERVED_BYTE))
         else:
             self.database.unlock(self, 0, TO_END)
 

@@ -56,6 +56,59 @@ def test_without_a_journal_fsync_and_close_publish(scene: Scene, ask: str) -> No
     assert scene.published(2) and same(scene.shown(), state(2))
 
 
+def unjournalled(scene: Scene, pid: int) -> Process:
+    """A writer with journal_mode MEMORY or OFF and synchronous=OFF: nothing but its locks tells of a transaction."""
+    writer = scene.process(pid)
+    writer.shared()
+    writer.reserved()
+    writer.exclusive()
+    return writer
+
+
+def test_without_journal_and_fsync_the_release_of_the_lock_publishes(scene: Scene) -> None:
+    """So a writer that dies takes its own transaction along, not those that ended before: their change counters, which
+    tell connections that their caches are current, would be used again."""
+    writer = unjournalled(scene, 1)
+    scene.database.write(0, state(2))
+    assert scene.published(1) and scene.swaps() == 0
+    writer.unlock()
+    assert scene.published(2) and scene.swaps() == 1 and not scene.database.is_writing
+    dies = unjournalled(scene, 2)
+    scene.database.write(0, state(3))
+    assert dies.close()
+    assert scene.shown() == scene.world.content() == state(2) and scene.swaps() == 1
+    reader = scene.process(3)
+    reader.shared()
+    reader.unlock()
+    unjournalled(scene, 4).unlock()
+    assert scene.swaps() == 1  # who changed nothing
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_release_that_cannot_publish_fails_and_releases(scene: Scene, lost: bool) -> None:
+    writer = unjournalled(scene, 1)
+    scene.database.write(0, state(2))
+    lose_next_commit(scene) if lost else store_down(scene.world)
+    with pytest.raises(CommitLost if lost else StoreUnavailable):
+        writer.unlock()
+    scene.world.store.rule = None
+    writer.unlock()  # SQLite tries again
+    assert not scene.database.is_writing and not scene.database.is_dirty
+    unjournalled(scene, 2).unlock()
+    assert same(scene.shown(), state(9 if lost else 1)) and scene.published(9 if lost else 1)
+
+
+def test_an_fsync_of_the_holder_cuts_the_file(scene: Scene) -> None:
+    """SQLite does so after it, by which a second commit would follow: one that may fail when the first one did not."""
+    writer = unjournalled(scene, 1)
+    scene.database.write(0, state(2, 2)[:PAGE])
+    scene.database.sync(1)
+    assert scene.database.size == 2 * PAGE and scene.swaps() == 1
+    scene.database.truncate(2 * PAGE)
+    writer.unlock()
+    assert scene.swaps() == 1
+
+
 @pytest.mark.parametrize("ask", ["sync", "close_handle"])
 def test_a_cold_journal_does_not_hold_publishing_back(scene: Scene, ask: str) -> None:
     """A journal that is empty or begins with a zero (TRUNCATE, PERSIST) is none."""

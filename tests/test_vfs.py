@@ -63,10 +63,13 @@ def test_synchronous_does_not_matter_with_a_journal(place: Place, db: apsw.Conne
     assert elsewhere(place) == [(1,)]
 
 
-def test_without_journal_and_fsync_closing_publishes(place: Place, db: apsw.Connection) -> None:
-    rows(db, "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # to the last statement
+@pytest.mark.parametrize("locking", ["NORMAL", "EXCLUSIVE"])
+def test_without_journal_and_fsync_the_release_of_the_lock_publishes(
+    place: Place, db: apsw.Connection, locking: str
+) -> None:
+    rows(db, f"PRAGMA locking_mode={locking}; PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF")  # to the last one
     db.execute("INSERT INTO t VALUES (1)")
-    assert elsewhere(place) == []
+    assert elsewhere(place) == ([(1,)] if locking == "NORMAL" else [])
     db.close()
     assert elsewhere(place) == [(1,)]
 
