@@ -141,17 +141,27 @@ class RangeLocks:
 
     def _replace(self, owner: Hashable, start: int, end: int, new: Lock | None = None) -> None:
         """Put `new` in the place of what the owner has in the range. `_held` is a new list: others may be reading."""
-        own: list[Lock] = []
-        result: list[Lock] = []
+        kept: list[Lock] = []
+        gone, simple = False, True
         for held in self._held:
-            (own if held.owner == owner else result).append(held)
-        if not own or (start == 0 and end == TO_END):
-            if new is not None:
-                result.append(new)
-            self._held = result
-            if own and self._waiting:
-                self._changed.notify_all()
-            return
+            holder, _, low, high, _ = held
+            if holder == owner and start <= low and high <= end:
+                gone = True
+                continue
+            if holder == owner and high + 1 >= start and (new is not None or low <= end):
+                simple = False  # to be cut, or merged, or the new one comes before it
+            kept.append(held)
+        if not simple:
+            kept = self._merged(owner, start, end, new)
+        elif new is not None:
+            kept.append(new)
+        self._held = kept
+        if self._waiting and (gone or not simple):
+            self._changed.notify_all()
+
+    def _merged(self, owner: Hashable, start: int, end: int, new: Lock | None) -> list[Lock]:
+        own = [held for held in self._held if held.owner == owner]
+        result = [held for held in self._held if held.owner != owner]
         before = [held if held.end < start else held._replace(end=start - 1) for held in own if held.start < start]
         after = [held if held.start > end else held._replace(start=end + 1) for held in own if held.end > end]
         for piece in (*before, *([] if new is None else [new]), *after):
@@ -160,6 +170,4 @@ class RangeLocks:
                 result[-1] = piece._replace(start=last.start)
             else:
                 result.append(piece)
-        self._held = result
-        if self._waiting:
-            self._changed.notify_all()
+        return result
