@@ -31,7 +31,18 @@ from s3blockfs.head import Unsettled
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
+from s3blockfs.locks import (
+    PENDING_BYTE,
+    READ,
+    RESERVED,
+    RESERVED_BYTE,
+    SHARED_FIRST,
+    SHARED_LAST,
+    Kind,
+    Level,
+    RangeLocks,
+    reserves,
+)
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -69,9 +80,11 @@ class Database(State):
 
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Uncommitted bytes over committed ones; fewer at the end of the file, none past it."""
-        self._require_settled()
+        if self._doubt is not None or self._unloaded is not None:
+            self._require_settled()
         try:
-            return self._presented(offset, self._view.read(offset, length, readahead))
+            data = self._view.read(offset, length, readahead)
+            return data if offset else self._presented(offset, data)
         except DatabaseGone:  # sqlite-s3vfs overwrote what was to be read: the next transaction looks again
             self.checked_s = float("-inf")
             raise
@@ -224,7 +237,7 @@ class Database(State):
     def lock(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
         """F_SETLK of a READ or WRITE lock. Raises Busy, and whatever a refresh raises."""
         try:
-            if _is_reserved(kind, start, end):
+            if reserves(kind, start, end):
                 self._lease.ask(owner)
             with self._gate:
                 before = self.locks.level(owner)
@@ -260,7 +273,7 @@ class Database(State):
             with self._gate:
                 before = self.locks.level(owner)
                 self.locks.unlock(owner, start, end)
-                if before >= Level.RESERVED:
+                if before >= RESERVED:
                     self._after_change(owner, before)
 
     def owner_closes(self, owner: Hashable) -> bool:
@@ -275,11 +288,11 @@ class Database(State):
             return True
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
-        if kind is Kind.READ and (start, end) == (SHARED_FIRST, SHARED_LAST):
-            if level is Level.NONE:
+        if kind is READ and (start, end) == (SHARED_FIRST, SHARED_LAST):
+            if not level:
                 self._require_settled()
                 self._refresh(self._config.refresh_s, owner)
-        elif _is_reserved(kind, start, end) and level is Level.SHARED:
+        elif reserves(kind, start, end) and level is Level.SHARED:
             self._require_writable()
             if self.locks.test(owner, kind, start, end) is None:
                 self._begin_write(owner)
@@ -292,7 +305,7 @@ class Database(State):
             raise CommitLost(f"{self._label}: {text}")
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
-        if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
+        if before < RESERVED or self.locks.level(owner) >= Level.RESERVED:
             return
         self._lease.done(self)
         if self._discarding == owner:
@@ -307,6 +320,9 @@ class Database(State):
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
         """For `owner`, whose transaction begins or was just dropped; everybody else's goes by what is shown. Raises
         Busy when a newer state has waited too long for readers to finish: like PENDING, which lets no new ones in."""
+        with self._writing:  # nearly always there is nothing to do, whatever is dirty; `_changing` takes its time
+            if self._behind_s is None and self._is_current(max_age_s):
+                return
         with self._changing():
             self._require_settled()
             if self._gone is not None:
@@ -482,7 +498,3 @@ class Plain(Past):
 
     def _require_writable(self) -> None:
         raise ReadOnly(f"{self._label}: a plain object, read-only; `s3blockfs import` makes a database of it")
-
-
-def _is_reserved(kind: Kind, start: int, end: int) -> bool:
-    return kind is Kind.WRITE and (start, end) == (RESERVED_BYTE, RESERVED_BYTE)

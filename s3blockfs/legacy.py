@@ -109,7 +109,7 @@ class LegacySnapshot(Snapshot):
     def __init__(self, source: Source, config: Config, blocks: _Blocks, leftover: _Blocks, shown: int | None) -> None:
         """`shown`: the change counter of what was shown until now. Raises DamagedObject, NotSupported, DatabaseGone."""
         self._source, self._blocks, self._end = source, blocks, blocks.solid
-        self._places = {}
+        self._places, self._top = {}, b""
         self.listed = blocks.rows, leftover.rows
         self._over = Dirty(spill_folder(config.spill_dir), config.block_size, 0)
         size = _roll_back(source.store, leftover, self._over)

@@ -53,7 +53,7 @@ class ObjectSnapshot(Snapshot):
 
     def __init__(self, source: Source, found: Listed) -> None:
         self._source, self._ref = source, _Ref(0, b"", found.etag.encode())
-        self._places = {}
+        self._places, self._top = {}, b""
         name = hashlib.blake2b(f"{source.prefix}\0{found.etag}".encode(), digest_size=COMMIT_ID_BYTES).digest()
         time_ms = int(found.modified_s * 1000)
         self.head = Head(name, 0, 1, name, found.size_bytes, BLOCK_BYTES, bytes(NONCE_BYTES), "", time_ms)

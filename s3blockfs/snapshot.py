@@ -124,11 +124,12 @@ class Source:
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_log", "_places", "_source", "head", "map", "version")
+    __slots__ = ("_log", "_places", "_source", "_top", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source, self._log = source, log
         self._places: dict[int, FrameAddress] = {}  # of blocks that were read and are one frame, with no log over it
+        self._top = b""  # SQLite's header: each transaction begins with a look at its change counter
         self.version, self.head, self.map = version, version.head, block_map
 
     @classmethod
@@ -168,6 +169,10 @@ class Snapshot:
         end = min(offset + length, self.head.size)
         if offset >= end:
             return b""
+        if end <= header.HEADER_BYTES:
+            whole = (0, min(header.HEADER_BYTES, self.head.size))
+            self._top = self._read([whole], self._missed)[0][0]
+            return self._top[offset:end]
         block, last = offset // self.head.block_size, (end - 1) // self.head.block_size
         data, plan = self._read([(offset, end)], self._missed)[0]
         is_base = plan and block == last and block not in self._log.overlay
@@ -179,6 +184,8 @@ class Snapshot:
 
     def near(self, offset: int, length: int) -> bytes | None:
         """The same if these bytes are of one block that was read before and is in memory; else None."""
+        if offset + length <= len(self._top):
+            return self._top[offset : offset + length]
         size = self.head.block_size
         block, low = divmod(offset, size)
         high = low + length

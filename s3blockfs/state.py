@@ -80,6 +80,15 @@ class State:
     def _latest(self) -> View:
         return self._ahead or self._view
 
+    def _is_current(self, max_age_s: float) -> bool:
+        """Whether it can be used, and nobody has to look for a newer state."""
+        if self._doubt is not None or self._unloaded is not None or self._gone is not None:
+            return False
+        heads = self._heads
+        if heads.latest is not None and heads.latest.head.rev > self._latest.snapshot.head.rev:
+            return False
+        return heads.cut_off_s is not None or self._source.runtime.monotonic() - self.checked_s < max_age_s
+
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold `_writing`. `on_moved` comes after it was let go: invalidation waits for writes that wait for it."""

@@ -36,7 +36,7 @@ from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LA
 from s3blockfs.prefetch import Readahead
 from s3blockfs.runtime import Runtime, uninterrupted
 from s3blockfs.s3store import S3Store
-from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, is_side_file
+from s3blockfs.sidefiles import JOURNAL_SUFFIX, LOG_SUFFIX, SideFile, is_side_file
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -46,9 +46,10 @@ _TEMPORARY = apsw.SQLITE_OPEN_TEMP_DB | apsw.SQLITE_OPEN_TEMP_JOURNAL
 _TEMPORARY |= apsw.SQLITE_OPEN_TRANSIENT_DB | apsw.SQLITE_OPEN_SUBJOURNAL
 
 #: What each level locks. PENDING would hold back other owners, and a connection's Database has but one.
+_SHARED, _RESERVED = apsw.SQLITE_LOCK_SHARED, apsw.SQLITE_LOCK_RESERVED
 _LOCKS = {
-    apsw.SQLITE_LOCK_SHARED: (Kind.READ, SHARED_FIRST, SHARED_LAST),
-    apsw.SQLITE_LOCK_RESERVED: (Kind.WRITE, RESERVED_BYTE, RESERVED_BYTE),
+    _SHARED: (Kind.READ, SHARED_FIRST, SHARED_LAST),
+    _RESERVED: (Kind.WRITE, RESERVED_BYTE, RESERVED_BYTE),
     apsw.SQLITE_LOCK_EXCLUSIVE: (Kind.WRITE, SHARED_FIRST, SHARED_LAST),
 }
 
@@ -63,7 +64,16 @@ ENGINES_KEPT = 16  # buckets (with their options) that keep client and cache whe
 #: By process, bucket and options; the one used last is at the end.
 _engines: dict[tuple[object, ...], tuple[Catalog, Runtime]] = {}
 _lock = threading.Lock()
-os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+_pid = os.getpid()
+
+
+def _in_child() -> None:
+    global _pid
+    _pid = os.getpid()
+    _lock.release()
+
+
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_in_child)
 
 #: The databases that are open in this process, by the names that `xFullPathname` gave them.
 _files: dict[str, "_DatabaseFile"] = {}
@@ -146,14 +156,17 @@ def _translated(cls: type[T]) -> type[T]:
     """What a method that SQLite calls raises becomes a result code; nothing unforeseen may end as SQLITE_ERROR."""
 
     def translate(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        unlocks = name == "xUnlock"
+
         @wraps(method)
-        def call(self: Any, *arguments: Any) -> Any:
+        def call(*arguments: Any) -> Any:  # no parameter of its own: Python would copy the others
+            self = arguments[0]
             try:
-                if self.pid != os.getpid():
-                    if name in ("xUnlock", "xClose"):
+                if self.pid != _pid and self.pid is not None:
+                    if unlocks or name == "xClose":
                         return None  # what a forked child inherited is not the child's to close
                     raise errors.NotSupported("a connection cannot be used in a forked child: open a new one there")
-                result = method(self, *arguments)
+                result = method(*arguments)
             except apsw.Error:
                 raise
             except Exception as error:
@@ -161,7 +174,7 @@ def _translated(cls: type[T]) -> type[T]:
                 default = apsw.FullError if full else apsw.IOError
                 code = next((c for kind, c in _CODES.get(name, {}).items() if isinstance(error, kind)), default)
                 raise code(str(error) or type(error).__name__) from error
-            if name == "xUnlock":
+            if unlocks:
                 self.raise_interrupt()
             return result
 
@@ -176,7 +189,7 @@ def _translated(cls: type[T]) -> type[T]:
 class S3VFS(apsw.VFS):
     """A drop-in for `sqlite_s3vfs.S3VFS`: `apsw.Connection(key_prefix, vfs=S3VFS(bucket=bucket).name)`."""
 
-    pid = property(lambda self: os.getpid())  # it belongs to whoever uses it
+    pid = None  # it belongs to whoever uses it
 
     def __init__(self, bucket: Any, block_size: int = 4 * KIB, **options: Any) -> None:
         """`bucket` and `options` as for `connect`. `block_size`, in bytes, is that of databases made here: a power of
@@ -225,6 +238,9 @@ class S3VFS(apsw.VFS):
         return _SideFile(side or self.catalog.side_files.create(path), _owner(path))
 
     def xAccess(self, pathname: str, flags: int) -> bool:
+        owner = _files.get(pathname.removesuffix(JOURNAL_SUFFIX).removesuffix(LOG_SUFFIX))
+        if owner is not None and owner.database.path != pathname:  # twice in each transaction
+            return owner.catalog.side_files.get(pathname) is not None
         if is_side_file(pathname):
             return self.catalog.side_files.get(pathname) is not None
         found = self.catalog.lookup(prefix := _prefix(pathname))
@@ -315,7 +331,7 @@ class _DatabaseFile(_File):
 
     def __init__(self, catalog: Catalog, database: Database, readahead: Readahead) -> None:
         super().__init__()
-        self._catalog, self.database, self.readahead = catalog, database, readahead
+        self.catalog, self.database, self.readahead = catalog, database, readahead
         self._interrupts: list[BaseException] = []
 
     def xRead(self, amount: int, offset: int) -> bytes:
@@ -331,22 +347,23 @@ class _DatabaseFile(_File):
         return self.database.size
 
     def xSync(self, flags: int) -> None:
-        files = self._catalog.side_files
+        files = self.catalog.side_files
         self.commit_point(partial(self.database.sync, commits=lambda name: name is not None and not files.get(name)))
 
     def xLock(self, level: int) -> None:
         try:
-            if level == apsw.SQLITE_LOCK_RESERVED:
-                self._catalog.require_writable(self.database.prefix)
-            self.database.lock(self, *_LOCKS[level], self.pid)
+            if level == _RESERVED:
+                self.catalog.require_writable(self.database.prefix)
+            kind, first, last = _LOCKS[level]
+            self.database.lock(self, kind, first, last, self.pid)
         except (errors.AccessDenied, errors.ReadOnly) as error:
-            if level != apsw.SQLITE_LOCK_RESERVED:
+            if level != _RESERVED:
                 raise
-            self._catalog.refused.add(self.database.prefix)
+            self.catalog.refused.add(self.database.prefix)
             raise errors.ReadOnly(str(error)) from error
 
     def xUnlock(self, level: int) -> None:
-        if level == apsw.SQLITE_LOCK_SHARED:
+        if level == _SHARED:
             self.database.lock(self, *_LOCKS[level], self.pid)
             self.commit_point(lambda pid: self.database.unlock(self, PENDING_BYTE, RESERVED_BYTE))
         else:
@@ -366,7 +383,7 @@ class _DatabaseFile(_File):
     def commit_point(self, publish: Callable[[int], object]) -> None:
         """Call `publish` with the process id. Ctrl-C in the middle of a PUT would leave SQLite with one opinion of the
         transaction and S3 with another, so it has to wait for `raise_interrupt`."""
-        before, refused = self.database.version, self._catalog.refused
+        before, refused = self.database.version, self.catalog.refused
         try:
             uninterrupted(lambda: publish(self.pid), self._interrupts)
         except errors.AccessDenied:
@@ -382,8 +399,8 @@ class _DatabaseFile(_File):
 
     def release(self) -> None:
         self.database.unlock(self, 0, TO_END)
-        self._catalog.release(self.database)
-        self._catalog.side_files.remove(self.database.path + JOURNAL_SUFFIX)
+        self.catalog.release(self.database)
+        self.catalog.side_files.remove(self.database.path + JOURNAL_SUFFIX)
         del _files[self.database.path]
 
 

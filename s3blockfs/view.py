@@ -25,8 +25,7 @@ class View:
 
     @property
     def size(self) -> int:
-        with self._mutex:
-            return self.dirty.size
+        return self.dirty.size
 
     @property
     def is_dirty(self) -> bool:
