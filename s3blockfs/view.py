@@ -46,9 +46,9 @@ class View:
             own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
         if len(own) == 1 and len(own[0][1]) == end - offset:
             return own[0][1]
-        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
         if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
-            snapshot.prefetch(*ahead)
+            snapshot.prefetch(*ahead)  # before this read waits, so that both are under way at once
+        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
         if not own and len(data) == end - offset:
             return data
         merged = bytearray(data.ljust(end - offset, b"\0"))
