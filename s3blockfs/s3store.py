@@ -217,7 +217,9 @@ class S3Store:
             answer = answer or self._ask("get_object", Key=key, **condition)
             found = self._receive(answer, key)
             skip = start if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 else 0  # 200: the whole object, not 206
-            return replace(found, body=found.body[skip : None if length is None else skip + length])
+            if skip or (length is not None and sum(map(len, found.pieces)) > length):
+                return replace(found, pieces=(found.body[skip : None if length is None else skip + length],))
+            return found
 
         return self._run(attempt, key, site)
 
@@ -430,11 +432,11 @@ class S3Store:
             while piece := raw.read1(PIECE):
                 pieces.append(piece)
                 self._check()
-        body, modified = b"".join(pieces), answer.get("LastModified")
-        if len(body) != answer.get("ContentLength", len(body)):
-            raise sdk.IncompleteReadError(actual_bytes=len(body), expected_bytes=answer["ContentLength"])
-        size = answer["ContentRange"].rpartition("/")[2] if "ContentRange" in answer else len(body)
-        return StoredObject(body, answer.get("ETag", ""), modified.timestamp() if modified else 0.0, int(size))
+        length, modified = sum(map(len, pieces)), answer.get("LastModified")
+        if length != answer.get("ContentLength", length):
+            raise sdk.IncompleteReadError(actual_bytes=length, expected_bytes=answer["ContentLength"])
+        size = answer["ContentRange"].rpartition("/")[2] if "ContentRange" in answer else length
+        return StoredObject(tuple(pieces), answer.get("ETag", ""), modified.timestamp() if modified else 0.0, int(size))
 
 
 class _Upload(io.BytesIO):
