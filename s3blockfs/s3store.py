@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
@@ -29,6 +30,7 @@ from botocore import handlers
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from botocore.session import Session
+from botocore.utils import parse_timestamp
 from urllib3.exceptions import HTTPError
 
 from s3blockfs import __version__, errors, metrics
@@ -142,6 +144,7 @@ class S3Store:
                 verify = like._endpoint.http_session._verify  # like the next one, private to the SDK: there is no other
                 chain = SimpleNamespace(load_credentials=like._get_credentials)  # they may refresh themselves
                 session.register_component("credential_provider", chain)
+            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
             # An addressing style only for AWS: with any other endpoint URL botocore uses path style.
             host = urlsplit(endpoint_url or "").hostname or ""
             style: Any = {"addressing_style": "virtual"} if host.endswith(".amazonaws.com") else {}
@@ -460,6 +463,15 @@ def _explain(error: Exception) -> tuple[type[errors.StoreError], str, str]:
         reason = f"HTTP {status} {code}".removesuffix(f" {status}").rstrip()
         words = code, str(status), f"{status // 100}xx"
     return *next(_MEANINGS[word] for word in words if word in _MEANINGS), reason
+
+
+def _time(text: Any) -> datetime:
+    """Of an answer's head, or of a LIST. The SDK's own parser tries every format there is, for 0.3 ms of CPU."""
+    for parse in (parsedate_to_datetime, lambda text: datetime.fromisoformat(text.replace("Z", "+00:00"))):
+        with suppress(ValueError, TypeError, AttributeError, OverflowError):
+            if (found := parse(text)).tzinfo is not None:
+                return found
+    return parse_timestamp(text)
 
 
 def _word(text: str | None) -> str:
