@@ -39,9 +39,11 @@ class Readahead:
     def next_range(self, offset: int, length: int, size: int) -> Range | None:
         """(start, end) to fetch ahead after this read of a file of `size` bytes, or None."""
         end, places = offset + length, self._places
-        near = (place for place in reversed(places) if -SLACK_BYTES <= offset - place.expected <= SLACK_BYTES)
-        place = next(near, None)
-        self._places = [*(other for other in places if other is not place), place or _Place(end)][-PLACES:]
+        place: _Place | None = places[-1]
+        if not -SLACK_BYTES <= offset - places[-1].expected <= SLACK_BYTES:
+            near = (place for place in reversed(places) if -SLACK_BYTES <= offset - place.expected <= SLACK_BYTES)
+            place = next(near, None)
+            self._places = [*(other for other in places if other is not place), place or _Place(end)][-PLACES:]
         if place is None or self._limit == 0:
             return None
         if end <= place.expected:

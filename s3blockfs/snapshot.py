@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from cachetools import LRUCache
 
@@ -124,11 +124,13 @@ class Source:
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_log", "_places", "_source", "head", "map", "version")
+    __slots__ = ("_known", "_log", "_places", "_source", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source, self._log = source, log
-        self._places: dict[int, FrameAddress] = {}  # of blocks that were read and are one frame, with no log over it
+        # Of blocks that are one frame, with no log over it: those that were read; these, and what was fetched ahead.
+        self._places: dict[int, FrameAddress] = {}
+        self._known: dict[int, FrameAddress] = {}
         self.version, self.head, self.map = version, version.head, block_map
 
     @classmethod
@@ -171,8 +173,11 @@ class Snapshot:
         size, first, last = self.head.block_size, offset // self.head.block_size, -(-end // self.head.block_size)
         if (frames := self._frames(first, last)) is None:
             return self._read([(offset, end)], self._missed)[0]
-        with self._source.reading(self.head):
-            blocks = self._source.cache.fetch(self._source.prefix, frames, self._missed)
+        prefix, cache = self._source.prefix, self._source.cache
+        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
+        if len(blocks) < len(frames):
+            with self._source.reading(self.head):
+                blocks = cache.fetch(prefix, frames, self._missed)
         if last - first > 1:
             views = [memoryview(block) for block in blocks]
             views[0], views[-1] = views[0][offset - first * size :], views[-1][: end - (last - 1) * size]
@@ -226,6 +231,8 @@ class Snapshot:
 
     def _frames(self, first: int, end: int) -> list[FrameAddress] | None:
         """Where these blocks are, if each is one frame with no log over it: a plan of them costs ten times as much."""
+        if None not in (known := [self._known.get(block) for block in range(first, end)]):
+            return cast("list[FrameAddress]", known)
         if (overlay := self._log.overlay) and not overlay.keys().isdisjoint(range(first, end)):
             return None
         size, frames = self.head.block_size, list[FrameAddress]()
@@ -235,7 +242,12 @@ class Snapshot:
                 return None
             slots = range(home.slot, home.slot + home.blocks)
             frames += [slot_address(home.ref, slot, block, size) for block, slot in enumerate(slots, home.first)]
-        return frames if len(frames) == end - first else None
+        if len(frames) < end - first:
+            return None
+        if len(self._known) + len(frames) > _PLACES_KEPT:
+            self._known.clear()
+        self._known.update(enumerate(frames, first))
+        return frames
 
     def _plan(self, offset: int, end: int) -> list[Piece]:
         """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""
