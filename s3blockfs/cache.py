@@ -10,11 +10,13 @@ Thread rule: any thread. Invariants: a key is in `_inflight` exactly while its r
 fetches it; that one removes it and resolves the run, on success and on failure. Nobody waits for a run in `_queue`."""
 
 import threading
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
 from functools import partial
+from itertools import accumulate
 
 from cachetools import LRUCache
 
@@ -65,7 +67,8 @@ class BlockCache:
         self._disk = disk
         self._store, self._runtime, self._patience_s, self._ahead_bytes = store, runtime, patience_s, ahead_bytes
         self._lock = threading.Lock()
-        self._frames: LRUCache[_Key, bytes] = LRUCache(capacity_bytes, getsizeof=len)
+        self._frames: OrderedDict[_Key, bytes] = OrderedDict()  # the one used last is at the end
+        self._left_bytes = self._capacity_bytes = capacity_bytes
         self._inflight: dict[_Key, _Run] = {}
         self._queue: dict[_Run, None] = {}
         self._workers = 0
@@ -80,6 +83,8 @@ class BlockCache:
         runs, waiting, found = self._claim(prefix, addresses)
         hits, self._hits = self._hits, 0
         metrics.CACHE_HITS.inc(len(found) + hits)
+        if not waiting:
+            return [found[address] for address in addresses]
         metrics.CACHE_MISSES.inc(len(waiting))
         try:
             all_of(self._runtime, [partial(self._fetch_run, run, on_miss) for run in runs])
@@ -120,14 +125,21 @@ class BlockCache:
     def get(self, prefix: str, address: FrameAddress) -> bytes | None:
         """What is here already."""
         with self._lock:
-            found = self._frames.get((prefix, address.ref, address.pos))
-            self._hits += found is not None
+            if (found := self._frames.get(key := (prefix, address.ref, address.pos))) is not None:
+                self._frames.move_to_end(key)
+                self._hits += 1
             return found
 
     def put(self, prefix: str, address: FrameAddress, data: bytes) -> None:
         """Remember bytes that this process uploaded, or fetched by other means."""
-        with self._lock, suppress(ValueError):  # larger than the cache
-            self._frames[prefix, address.ref, address.pos] = data
+        if len(data) > self._capacity_bytes:
+            return
+        key = prefix, address.ref, address.pos
+        with self._lock:
+            self._left_bytes += len(self._frames.pop(key, b"")) - len(data)
+            self._frames[key] = data
+            while self._left_bytes < 0:
+                self._left_bytes += len(self._frames.popitem(last=False)[1])
 
     def _claim(
         self, prefix: str, addresses: Iterable[FrameAddress], ahead: bool = False
@@ -139,6 +151,7 @@ class BlockCache:
             for address in addresses:
                 key = (prefix, address.ref, address.pos)
                 if (hit := self._frames.get(key)) is not None:
+                    self._frames.move_to_end(key)
                     found[address] = hit
                 elif (run := self._inflight.get(key)) is not None:
                     waiting[address] = run
@@ -196,22 +209,23 @@ class BlockCache:
         disk = self._disk if etag is None else None  # what has no checksum of ours is not kept
         if disk is not None:
             start = addresses[0].pos
-            self._decode(run, addresses, start, disk.read(name, start, addresses[-1].end - start), name, results)
+            kept = disk.read(name, start, addresses[-1].end - start)
+            self._decode(run, addresses, start, (kept,), name, results)
             addresses = [each for each in addresses if not isinstance(results[each.pos], bytes)]
         if not addresses:
             return results
         on_miss(addresses[0].offset)
         start, end = addresses[0].pos, addresses[-1].end
-        body: bytes | None = None
+        pieces: tuple[bytes, ...] | None = None
         try:
             found = self._store.get(key, site="block", start=start, length=end - start, if_match=etag)
             if etag in (None, found.etag):  # not every store knows If-Match on GET
-                body = found.body
+                pieces = found.pieces
         except (ObjectNotFound, PreconditionFailed):
-            body = None  # damage, with the bytes that it costs; or a plain object that was replaced
-        self._decode(run, addresses, start, body, name, results)
-        if disk is not None and body:
-            disk.write(name, start, body)
+            pass  # damage, with the bytes that it costs; or a plain object that was replaced
+        self._decode(run, addresses, start, pieces, name, results)
+        if disk is not None and pieces:
+            disk.write(name, start, b"".join(pieces))
         return results
 
     def _decode(
@@ -219,15 +233,15 @@ class BlockCache:
         run: _Run,
         addresses: Iterable[FrameAddress],
         start: int,
-        body: bytes | None,
+        pieces: tuple[bytes, ...] | None,
         name: str,
         results: dict[int, bytes | BaseException],
     ) -> None:
         """Verify these frames of an object's bytes from `start` on, and remember those that are sound."""
-        view = None if body is None else memoryview(body)
+        starts = [] if pieces is None else [*accumulate(map(len, pieces), initial=start)]
         for address in addresses:
             try:
-                frame = view and view[address.pos - start : address.end - start]
+                frame = None if pieces is None else _part(pieces, starts, address.pos, address.end)
                 results[address.pos] = data = address.decode(frame, name)
                 self.put(run.prefix, address, data)
             except S3BlockFSError as error:  # damaged, or of a newer format
@@ -244,6 +258,15 @@ class BlockCache:
                 run.done.set_exception(results)
             else:
                 run.done.set_result(results)
+
+
+def _part(pieces: Sequence[bytes], starts: Sequence[int], low: int, high: int) -> bytes | memoryview:
+    """`b"".join(pieces)[low:high]`; a frame lies in one piece of a large answer, or two."""
+    found, index = [], bisect_right(starts, low) - 1
+    while index < len(pieces) and starts[index] < high:
+        found.append(memoryview(pieces[index])[max(low - starts[index], 0) : high - starts[index]])
+        index += 1
+    return found[0] if len(found) == 1 else b"".join(found)
 
 
 def _runs(addresses: Iterable[FrameAddress]) -> list[list[FrameAddress]]:

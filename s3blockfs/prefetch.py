@@ -7,7 +7,7 @@ from s3blockfs.format.data import OBJECT_BYTES
 
 FIRST_WINDOW_BYTES = 256 * 1024  # two of the 128 KiB reads with which the kernel itself reads ahead
 SLACK_BYTES = 512 * 1024  # so far off still counts as sequential: kernel threads deliver reads out of order
-GROWTH = 4  # a window is so many times as large as what was read up to it: at 15 ms a step, doubling took 0.1 s
+GROWTH = 16  # a window is so many times as large as what was read up to it: a little, some MiB, all; 15 ms a step
 PLACES = 4  # a table, its interior pages, an index and its own
 
 #: Random reads are dense when fetching the whole neighbourhood costs less than waiting for one after the other: a miss
@@ -39,9 +39,11 @@ class Readahead:
     def next_range(self, offset: int, length: int, size: int) -> Range | None:
         """(start, end) to fetch ahead after this read of a file of `size` bytes, or None."""
         end, places = offset + length, self._places
-        near = (place for place in reversed(places) if -SLACK_BYTES <= offset - place.expected <= SLACK_BYTES)
-        place = next(near, None)
-        self._places = [*(other for other in places if other is not place), place or _Place(end)][-PLACES:]
+        place: _Place | None = places[-1]
+        if not -SLACK_BYTES <= offset - places[-1].expected <= SLACK_BYTES:
+            near = (place for place in reversed(places) if -SLACK_BYTES <= offset - place.expected <= SLACK_BYTES)
+            place = next(near, None)
+            self._places = [*(other for other in places if other is not place), place or _Place(end)][-PLACES:]
         if place is None or self._limit == 0:
             return None
         if end <= place.expected:
@@ -49,7 +51,7 @@ class Readahead:
         place.expected, place.hits = end, place.hits + 1
         start = place.fetched_to = max(place.fetched_to, end)
         # Two neighbouring reads happen by chance in any B-tree. Later there is one more object to fetch with each read.
-        if place.hits < 3 or start - end > max(place.window // 2, place.window - OBJECT_BYTES):
+        if place.hits < 2 or start - end > max(place.window // 2, place.window - OBJECT_BYTES):
             return None
         place.window = min(self._limit, GROWTH * (end - place.began) if place.window else FIRST_WINDOW_BYTES)
         stop = end + place.window

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
@@ -29,6 +30,7 @@ from botocore import handlers
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 from botocore.session import Session
+from botocore.utils import parse_timestamp
 from urllib3.exceptions import HTTPError
 
 from s3blockfs import __version__, errors, metrics
@@ -142,6 +144,7 @@ class S3Store:
                 verify = like._endpoint.http_session._verify  # like the next one, private to the SDK: there is no other
                 chain = SimpleNamespace(load_credentials=like._get_credentials)  # they may refresh themselves
                 session.register_component("credential_provider", chain)
+            session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
             # An addressing style only for AWS: with any other endpoint URL botocore uses path style.
             host = urlsplit(endpoint_url or "").hostname or ""
             style: Any = {"addressing_style": "virtual"} if host.endswith(".amazonaws.com") else {}
@@ -217,7 +220,9 @@ class S3Store:
             answer = answer or self._ask("get_object", Key=key, **condition)
             found = self._receive(answer, key)
             skip = start if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 else 0  # 200: the whole object, not 206
-            return replace(found, body=found.body[skip : None if length is None else skip + length])
+            if skip or (length is not None and sum(map(len, found.pieces)) > length):
+                return replace(found, pieces=(found.body[skip : None if length is None else skip + length],))
+            return found
 
         return self._run(attempt, key, site)
 
@@ -430,11 +435,11 @@ class S3Store:
             while piece := raw.read1(PIECE):
                 pieces.append(piece)
                 self._check()
-        body, modified = b"".join(pieces), answer.get("LastModified")
-        if len(body) != answer.get("ContentLength", len(body)):
-            raise sdk.IncompleteReadError(actual_bytes=len(body), expected_bytes=answer["ContentLength"])
-        size = answer["ContentRange"].rpartition("/")[2] if "ContentRange" in answer else len(body)
-        return StoredObject(body, answer.get("ETag", ""), modified.timestamp() if modified else 0.0, int(size))
+        length, modified = sum(map(len, pieces)), answer.get("LastModified")
+        if length != answer.get("ContentLength", length):
+            raise sdk.IncompleteReadError(actual_bytes=length, expected_bytes=answer["ContentLength"])
+        size = answer["ContentRange"].rpartition("/")[2] if "ContentRange" in answer else length
+        return StoredObject(tuple(pieces), answer.get("ETag", ""), modified.timestamp() if modified else 0.0, int(size))
 
 
 class _Upload(io.BytesIO):
@@ -458,6 +463,15 @@ def _explain(error: Exception) -> tuple[type[errors.StoreError], str, str]:
         reason = f"HTTP {status} {code}".removesuffix(f" {status}").rstrip()
         words = code, str(status), f"{status // 100}xx"
     return *next(_MEANINGS[word] for word in words if word in _MEANINGS), reason
+
+
+def _time(text: Any) -> datetime:
+    """Of an answer's head, or of a LIST. The SDK's own parser tries every format there is, for 0.3 ms of CPU."""
+    for parse in (parsedate_to_datetime, lambda text: datetime.fromisoformat(text.replace("Z", "+00:00"))):
+        with suppress(ValueError, TypeError, AttributeError, OverflowError):
+            if (found := parse(text)).tzinfo is not None:
+                return found
+    return parse_timestamp(text)
 
 
 def _word(text: str | None) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from cachetools import LRUCache
 
@@ -124,11 +124,13 @@ class Source:
 class Snapshot:
     """One committed state of one database."""
 
-    __slots__ = ("_log", "_places", "_source", "_top", "head", "map", "version")
+    __slots__ = ("_known", "_log", "_places", "_source", "_top", "head", "map", "version")
 
     def __init__(self, source: Source, version: Version, block_map: BlockMap, log: Log) -> None:
         self._source, self._log = source, log
-        self._places: dict[int, FrameAddress] = {}  # of blocks that were read and are one frame, with no log over it
+        # Of blocks that are one frame, with no log over it: those that were read; these, and what was fetched ahead.
+        self._places: dict[int, FrameAddress] = {}
+        self._known: dict[int, FrameAddress] = {}
         self._top = b""  # SQLite's header: each transaction begins with a look at its change counter
         self.version, self.head, self.map = version, version.head, block_map
 
@@ -170,17 +172,24 @@ class Snapshot:
         if offset >= end:
             return b""
         if end <= header.HEADER_BYTES:
-            whole = (0, min(header.HEADER_BYTES, self.head.size))
-            self._top = self._read([whole], self._missed)[0][0]
+            self._top = self._read([(0, min(header.HEADER_BYTES, self.head.size))], self._missed)[0]
             return self._top[offset:end]
-        block, last = offset // self.head.block_size, (end - 1) // self.head.block_size
-        data, plan = self._read([(offset, end)], self._missed)[0]
-        is_base = plan and block == last and block not in self._log.overlay
-        if is_base and all(cut.seq <= plan[0].seq for cut in self._log.cuts):
-            if len(self._places) == _PLACES_KEPT:
-                self._places.clear()
-            self._places[block] = _addresses(plan)[0]
-        return data
+        size, first, last = self.head.block_size, offset // self.head.block_size, -(-end // self.head.block_size)
+        if (frames := self._frames(first, last)) is None:
+            return self._read([(offset, end)], self._missed)[0]
+        prefix, cache = self._source.prefix, self._source.cache
+        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
+        if len(blocks) < len(frames):
+            with self._source.reading(self.head):
+                blocks = cache.fetch(prefix, frames, self._missed)
+        if last - first > 1:
+            views = [memoryview(block) for block in blocks]
+            views[0], views[-1] = views[0][offset - first * size :], views[-1][: end - (last - 1) * size]
+            return b"".join(views)
+        if len(self._places) == _PLACES_KEPT:
+            self._places.clear()
+        self._places[first] = frames[0]
+        return blocks[0][offset - first * size : end - first * size]
 
     def near(self, offset: int, length: int) -> bytes | None:
         """The same if these bytes are of one block that was read before and is in memory; else None."""
@@ -197,16 +206,16 @@ class Snapshot:
     def read_blocks(self, blocks: Iterable[int]) -> list[bytes]:
         """Whole blocks by their numbers, by few requests also if they are scattered; zeros behind the file's end."""
         size = self.head.block_size
-        return [data for data, _ in self._read([(block * size, (block + 1) * size) for block in blocks])]
+        return self._read([(block * size, (block + 1) * size) for block in blocks])
 
     def _read(
         self, ranges: Sequence[tuple[int, int]], on_miss: Callable[[int], None] = lambda offset: None
-    ) -> list[tuple[bytes, list[Piece]]]:
+    ) -> list[bytes]:
         with self._source.reading(self.head):
             plans = [self._plan(low, high) for low, high in ranges]
             addresses = [address for plan in plans for address in _addresses(plan)]
             frames = iter(self._source.cache.fetch(self._source.prefix, addresses, on_miss))
-        return [(_assembled(low, high, plan, frames), plan) for (low, high), plan in zip(ranges, plans, strict=True)]
+        return [_assembled(low, high, plan, frames) for (low, high), plan in zip(ranges, plans, strict=True)]
 
     def _missed(self, offset: int) -> None:
         """A reader waits for these bytes: fetch what lies around them as well where that is worth it."""
@@ -216,13 +225,35 @@ class Snapshot:
 
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
-        self._source.cache.prefetch(self._source.prefix, _addresses(self._plan(offset, min(end, self.head.size))))
+        size, end = self.head.block_size, min(end, self.head.size)
+        frames = self._frames(offset // size, -(-end // size))
+        self._source.cache.prefetch(self._source.prefix, frames or _addresses(self._plan(offset, end)))
 
     def pieces(self, ahead: int) -> Iterator[bytes]:
         """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
         for start in range(0, self.head.size, codec.OBJECT_BYTES):
             self.prefetch(start, start + codec.OBJECT_BYTES + ahead)
             yield header.in_rollback_mode(start, self.read(start, codec.OBJECT_BYTES))
+
+    def _frames(self, first: int, end: int) -> list[FrameAddress] | None:
+        """Where these blocks are, if each is one frame with no log over it: a plan of them costs ten times as much."""
+        if None not in (known := [self._known.get(block) for block in range(first, end)]):
+            return cast("list[FrameAddress]", known)
+        if (overlay := self._log.overlay) and not overlay.keys().isdisjoint(range(first, end)):
+            return None
+        size, frames = self.head.block_size, list[FrameAddress]()
+        newest = self._log.cuts[-1].seq if self._log.cuts else 0
+        for home in self.map.find(first, end):
+            if home.first != first + len(frames) or home.seq < newest:
+                return None
+            slots = range(home.slot, home.slot + home.blocks)
+            frames += [slot_address(home.ref, slot, block, size) for block, slot in enumerate(slots, home.first)]
+        if len(frames) < end - first:
+            return None
+        if len(self._known) + len(frames) > _PLACES_KEPT:
+            self._known.clear()
+        self._known.update(enumerate(frames, first))
+        return frames
 
     def _plan(self, offset: int, end: int) -> list[Piece]:
         """What to put into offset..end, in this order: the base of each block where it shows, then its log pieces."""

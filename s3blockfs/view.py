@@ -34,8 +34,9 @@ class View:
 
     def read(self, offset: int, length: int, readahead: Readahead | None = None) -> bytes:
         """Fewer bytes at the end of the file, none past it. Raises what reading the snapshot raises."""
-        if (clean := self._clean) is not None and (near := clean.near(offset, length)) is not None:
-            return near
+        if (clean := self._clean) is not None:
+            near = clean.near(offset, length)
+            return _committed(clean, offset, length, readahead) if near is None else near
         with self._mutex:
             snapshot, dirty = self.snapshot, self.dirty
             end = min(offset + length, dirty.size)
@@ -45,9 +46,7 @@ class View:
             own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
         if len(own) == 1 and len(own[0][1]) == end - offset:
             return own[0][1]
-        data = snapshot.read(offset, base_end - offset) if base_end > offset else b""
-        if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
-            snapshot.prefetch(*ahead)
+        data = _committed(snapshot, offset, base_end - offset, readahead) if base_end > offset else b""
         if not own and len(data) == end - offset:
             return data
         merged = bytearray(data.ljust(end - offset, b"\0"))
@@ -100,3 +99,9 @@ class View:
 
     def _new_dirty(self) -> Dirty:
         return Dirty(spill_folder(self._config.spill_dir), self.snapshot.head.block_size, self.snapshot.head.size)
+
+
+def _committed(snapshot: Snapshot, offset: int, length: int, readahead: Readahead | None) -> bytes:
+    if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
+        snapshot.prefetch(*ahead)  # before this read waits, so that both are under way at once
+    return snapshot.read(offset, length)

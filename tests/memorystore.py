@@ -35,7 +35,7 @@ class MemoryStore:
         with self._lock:
             found = self._existing(key, if_match)
         end = None if length is None else start + length
-        return replace(found, body=found.body[start:end])
+        return replace(found, pieces=(found.body[start:end],))
 
     def get_if_changed(self, key: str, *, etag: str, **_: Any) -> StoredObject | None:
         found = self.get(key)
@@ -48,7 +48,7 @@ class MemoryStore:
                 raise PreconditionFailed(f"{self.name}/{key}: exists")
             if if_match is not None:
                 self._existing(key, if_match)
-            self._objects[key] = StoredObject(bytes(body), etag, self.server_time_s(), len(body))
+            self._objects[key] = StoredObject((bytes(body),), etag, self.server_time_s(), len(body))
         return etag
 
     def _existing(self, key: str, if_match: str | None) -> StoredObject:

@@ -91,6 +91,25 @@ def test_what_the_proxy_counts(place: Place, wire: Wire) -> None:
     assert wire.take().asked == []
 
 
+def test_a_link_is_shared_by_all_connections(place: Place) -> None:
+    """3 MB at 10 MB/s take 0.3 s, whoever asks for them, and so do 3 MB the other way."""
+    place.put("a", bytes(1_000_000))
+    with Wire(place.url, 0, link_mb_s=10) as wire, ThreadPoolExecutor(4) as pool:
+        through = place.via(wire.url)
+        assert through.get("a") == bytes(1_000_000)
+        (alone,) = wire.take().asked
+        assert alone.ended - alone.began >= 0.1
+        up = pool.submit(through.put, "b", bytes(3_000_000))
+        assert [len(body) for body in pool.map(through.get, ["a"] * 3)] == [1_000_000] * 3
+        up.result()
+        asked = wire.take().asked
+    gets, (put,) = [one for one in asked if one.method == "GET"], [one for one in asked if one.method == "PUT"]
+    assert max(one.last for one in gets) - min(one.began for one in gets) >= 0.3
+    assert put.ended - put.began >= 0.3
+    assert max(one.ended for one in asked) - min(one.began for one in asked) < 30, "a wait that adds up"
+    assert place.get("b") == bytes(3_000_000)
+
+
 def test_what_is_still_under_way_is_counted_once() -> None:
     first, rest = Asked("GET", "/b/k", "", 1.0, down=10), Asked("GET", "/b/k", "", 1.0, down=5, ended=2.0, rest=True)
     figures = Figures([first]) + Figures([rest])

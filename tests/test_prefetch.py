@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from engine import ManualRuntime
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memorystore import MemoryStore
 
+from s3blockfs.cache import BlockCache
+from s3blockfs.config import Config
 from s3blockfs.format.data import OBJECT_BYTES
+from s3blockfs.objectfile import ObjectSnapshot
+from s3blockfs.objectstore import Listed, StoredObject
 from s3blockfs.prefetch import (
     BYTES_A_MISS,
     FIRST_WINDOW_BYTES,
+    GROWTH,
     LATELY_S,
     MISSES,
     REFILL_BYTES,
@@ -20,6 +30,8 @@ from s3blockfs.prefetch import (
     Density,
     Readahead,
 )
+from s3blockfs.snapshot import Source
+from s3blockfs.view import View
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -114,7 +126,43 @@ def test_a_short_scan_asks_for_little(step: int) -> None:
     for offset in range(0, 40 * MIB, step):
         found = ahead.next_range(offset, step, 1 << 30)
         asked += found[1] - found[0] if found else 0
-        assert asked <= max(FIRST_WINDOW_BYTES, 5 * (offset + step))
+        read = offset + step
+        assert asked <= max(FIRST_WINDOW_BYTES, min((GROWTH + 1) * read, read + LIMIT))
+
+
+@pytest.mark.parametrize("step", [4096, 65536, 128 * KIB])
+def test_a_scan_is_at_full_speed_after_three_steps(step: int) -> None:
+    """A little, some, all that the limit allows: each step is a wait of 15 ms."""
+    ahead = Readahead(LIMIT)
+    asked = [(at, found[1]) for at in range(0, 8 * MIB, step) if (found := ahead.next_range(at, step, 1 << 30))]
+    ahead_bytes = [to - at for at, to in asked]
+    assert ahead_bytes[0] <= FIRST_WINDOW_BYTES + step
+    assert ahead_bytes[2] > LIMIT - OBJECT_BYTES
+    assert asked[2][0] <= 4 * MIB
+
+
+def test_a_reader_waits_while_what_lies_ahead_is_fetched_already() -> None:
+    """Its own GET is answered only when the one for the bytes behind it has been sent."""
+    runtime, gets, seen = ManualRuntime(), Counter[str](), threading.Event()
+
+    class Store(MemoryStore):
+        def get(self, key: str, *, start: int = 0, **options: Any) -> StoredObject:
+            gets["own" if threading.current_thread() is threading.main_thread() else "ahead"] += 1
+            if start > 22 * BLOCK:
+                seen.set()
+            if start == 22 * BLOCK:
+                assert seen.wait(60), "nothing is fetched ahead of the third block while it is on its way"
+            return super().get(key, start=start, **options)
+
+    store = Store(runtime)
+    etag = store.put("a", bytes(range(256)) * (32 * BLOCK // 256), site="t")
+    source = Source(store, BlockCache(store, runtime, MIB, 60), runtime, "a")
+    view = View(source, Config(), ObjectSnapshot(source, Listed("a", False, 32 * BLOCK, etag, 1.0)))
+    ahead = Readahead(LIMIT)
+    for block in (20, 21, 22):
+        assert view.read(block * BLOCK, BLOCK, ahead) == bytes(range(256)) * (BLOCK // 256)
+    runtime.close()
+    assert gets == {"own": 3, "ahead": 1}
 
 
 def test_a_jump_ends_the_scan_and_a_new_one_starts_small() -> None:

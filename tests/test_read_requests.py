@@ -155,7 +155,7 @@ def test_a_full_scan(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[str])
     assert ask("SELECT count(*), sum(length(data)) FROM t NOT INDEXED") == [(ROWS, ROWS * 1000)]
     with capsys.disabled():
         print(f"\nscan: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
-    assert gets(wire) <= 40
+    assert gets(wire) <= 34
     assert wire.received <= 105 * MB
     assert not twice(wire)
     wire.reset()

@@ -125,25 +125,32 @@ def build(
 def decode_frame(buffer: bytes | memoryview | None, address: FrameAddress, name: str) -> bytes:
     """The extent's bytes. `buffer` is exactly the frame, None when the object is missing. Raises DamagedObject naming
     the object and the bytes of the database."""
-    held = f"(database bytes {address.offset}..{address.offset + address.raw})"
     if buffer is None:
-        raise DamagedObject(f"{name}: missing {held}")
-    where = f"{name}: damaged at byte {address.pos} {held}"
+        raise DamagedObject(f"{name}: missing {_held(address)}")
     if len(buffer) != FRAME_BYTES + address.stored:
-        raise DamagedObject(f"{where}: {len(buffer)} bytes instead of {FRAME_BYTES + address.stored}; object truncated")
+        whole = FRAME_BYTES + address.stored
+        raise _damaged(address, name, f"{len(buffer)} bytes instead of {whole}; object truncated")
     offset, _seq, raw, stored, codec, crc = _FRAME.unpack_from(buffer)
     data = bytes(buffer[FRAME_BYTES:])
     if crc != _frame_crc(address.ref.uid, buffer[: FRAME_BYTES - 4], data):
-        raise DamagedObject(f"{where}: checksum mismatch")
+        raise _damaged(address, name, "checksum mismatch")
     if (offset, raw, stored) != (address.offset, address.raw, address.stored):
-        raise DamagedObject(f"{where}: holds other bytes than its place says")
+        raise _damaged(address, name, "holds other bytes than its place says")
     if codec == _ZLIB:
-        data = inflate(data, raw, where)
+        data = inflate(data, raw, f"{name}: damaged at byte {address.pos} {_held(address)}")
     elif codec != _RAW:
         raise NewerFormat(f"{name}: unknown compression {codec}; upgrade s3blockfs")
     if len(data) != raw:
-        raise DamagedObject(f"{where}: {len(data)} bytes unpacked instead of {raw}")
+        raise _damaged(address, name, f"{len(data)} bytes unpacked instead of {raw}")
     return data
+
+
+def _held(address: FrameAddress) -> str:
+    return f"(database bytes {address.offset}..{address.offset + address.raw})"
+
+
+def _damaged(address: FrameAddress, name: str, what: str) -> DamagedObject:
+    return DamagedObject(f"{name}: damaged at byte {address.pos} {_held(address)}: {what}")
 
 
 def decode_index(buffer: bytes, uid: bytes, crc: int, name: str) -> Index:

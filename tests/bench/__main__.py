@@ -85,8 +85,9 @@ def measure(name: str, taking: list[Contestant], repeat: int, lines: Lines) -> N
 
 def conditions(ground: Ground, given: argparse.Namespace) -> str:
     load, kind = os.getloadavg()[0], local_kind(ground.folder)
+    link = f"a link of {given.link_mb_s:g} MB/s each way; " if given.link_mb_s else ""
     return (
-        f"{ground.rows:,} rows, {ground.size / 1e6:.0f} MB; {given.delay_ms:g} ms before each answer; "
+        f"{ground.rows:,} rows, {ground.size / 1e6:.0f} MB; {given.delay_ms:g} ms before each answer; {link}"
         f"median of {given.repeat}; {os.cpu_count()} cores, load {load:.1f}; local file on {kind}; "
         f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, APSW {apsw.apsw_version()}, "
         f"boto3 {boto3.__version__}."
@@ -97,6 +98,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("workloads", nargs="*", metavar="W1 ... W18", help="default: all but W17")
     parser.add_argument("--delay-ms", type=float, default=15.0, help="what each request takes longer")
+    parser.add_argument(
+        "--link-mb-s", type=float, default=0.0, metavar="N", help="bandwidth each way, of all connections together"
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--limit-s", type=float, default=45.0, help="the most that one step may take")
@@ -123,7 +127,7 @@ def run(given: argparse.Namespace) -> tuple[Lines, list[str]]:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         (folder / "s3").mkdir()
-        with seaweed(folder / "s3") as endpoint, Wire(endpoint.url, given.delay_ms) as wire:
+        with seaweed(folder / "s3") as endpoint, Wire(endpoint.url, given.delay_ms, given.link_mb_s) as wire:
             place = Place(endpoint.url, endpoint.access_key, endpoint.secret_key, "bench")
             place.create_bucket()
             ground = make_ground(place, wire, folder, given.rows, given.limit_s, given.delay_ms)

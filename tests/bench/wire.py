@@ -6,6 +6,9 @@ that they have without it; tests/proxy.py, which reads every message whole, lets
 
 It is told what to do on stdin, a line each, and answers with a line of JSON: `take` gives the requests since the last
 time, `delay MS` sets the delay. It ends with its stdin.
+
+Without a limit it is as fast as the machine. With one, all connections together get so many MB a second, each way, in
+pieces that take turns, as on a link that they share.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from urllib.parse import urlsplit
 
 PIPE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 16
+#: What one connection sends before it is another one's turn, where the link has a limit.
+TURN_BYTES = 1 << 17
 
 #: AWS, S3 Standard, us-east-1: dollars for a request (https://aws.amazon.com/s3/pricing/, July 2025). LIST and POST
 #: cost what a PUT costs, HEAD what a GET costs; deleting is free.
@@ -129,8 +134,8 @@ class Figures:
 class Wire:
     """The proxy in front of a store, as long as the `with` block lasts."""
 
-    def __init__(self, upstream_url: str, delay_ms: float) -> None:
-        line = [sys.executable, __file__, upstream_url, str(delay_ms)]
+    def __init__(self, upstream_url: str, delay_ms: float, link_mb_s: float = 0.0) -> None:
+        line = [sys.executable, __file__, upstream_url, str(delay_ms), str(link_mb_s)]
         self.process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.url = json.loads(self.process.stdout.readline())
@@ -168,12 +173,29 @@ class Wire:
 # --- the proxy ----------------------------------------------------------------------------------------------
 
 
+class _Link:
+    """One direction of a link that all connections share; `mb_s` is 0 if it has no limit."""
+
+    def __init__(self, mb_s: float) -> None:
+        self.seconds_a_byte = 1e-6 / mb_s if mb_s else 0.0
+        self.free = 0.0
+        self.lock = threading.Lock()
+
+    def carry(self, size: int) -> None:
+        """Returns when the last of these bytes has arrived: what others gave to the link before goes first."""
+        if not self.seconds_a_byte:
+            return
+        with self.lock:
+            self.free = arrives = max(self.free, time.monotonic()) + size * self.seconds_a_byte
+        time.sleep(max(arrives - time.monotonic(), 0.0))
+
+
 class _Stream:
     """A socket whose messages have heads that are read, and bodies that are moved on."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, piece_bytes: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = connection
+        self.socket, self.piece_bytes = connection, piece_bytes
         self.rest = b""
 
     def head(self) -> bytes:
@@ -199,7 +221,7 @@ class _Stream:
         return piece
 
     def move(self, size: int, to: _Stream, pipe: tuple[int, int], moved: Callable[[int], None]) -> None:
-        """The next bytes of a body; `moved` is told of each piece, just before it goes out."""
+        """The next bytes of a body; `moved` is told of each piece, just before it goes out, and may wait."""
         first, self.rest = self.rest[:size], self.rest[size:]
         if first:
             moved(len(first))
@@ -207,7 +229,7 @@ class _Stream:
         size -= len(first)
         source, target = self.socket.fileno(), to.socket.fileno()
         while size:
-            here = os.splice(source, pipe[1], min(size, PIPE_BYTES))
+            here = os.splice(source, pipe[1], min(size, self.piece_bytes))
             if not here:
                 raise ConnectionError("the connection ended within a message")
             size -= here
@@ -232,10 +254,12 @@ def _field(head: bytes, name: bytes) -> str:
 
 
 class _Proxy:
-    def __init__(self, upstream_url: str, delay_s: float) -> None:
+    def __init__(self, upstream_url: str, delay_s: float, link_mb_s: float) -> None:
         parts = urlsplit(upstream_url)
         self.upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.delay_s = delay_s
+        self.to_store, self.to_client = _Link(link_mb_s), _Link(link_mb_s)
+        self.piece_bytes = TURN_BYTES if link_mb_s else PIPE_BYTES
         self.asked: list[Asked] = []
         self.lock = threading.Lock()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -250,11 +274,11 @@ class _Proxy:
         pipe = os.pipe()
         fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         store = None
-        client = _Stream(connection)
+        client = _Stream(connection, self.piece_bytes)
         try:
             while head := client.head():
                 if store is None:
-                    store = _Stream(socket.create_connection(self.upstream))
+                    store = _Stream(socket.create_connection(self.upstream), self.piece_bytes)
                 if not self._one(client, store, head, pipe):
                     return
         except OSError:
@@ -282,15 +306,18 @@ class _Proxy:
         self, client: _Stream, store: _Stream, head: bytes, pipe: tuple[int, int], method: str, asked: Asked
     ) -> bool:
         def up(size: int) -> None:
+            self.to_store.carry(size)
             asked.up += size
 
         def down(size: int) -> None:
+            self.to_client.carry(size)
             asked.down += size
             asked.last = time.monotonic()  # before the client can ask for the next one
 
         if _field(head, b"expect").lower() == "100-continue":
             client.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         time.sleep(self.delay_s)
+        self.to_store.carry(len(head))
         store.socket.sendall(head)
         if "chunked" in _field(head, b"transfer-encoding"):
             client.move_chunks(store, pipe, up)
@@ -325,7 +352,7 @@ class _Proxy:
 
 
 def main() -> None:
-    proxy = _Proxy(sys.argv[1], float(sys.argv[2]) / 1000)
+    proxy = _Proxy(sys.argv[1], float(sys.argv[2]) / 1000, float(sys.argv[3]))
     threading.Thread(target=proxy.serve, daemon=True).start()
     print(json.dumps(proxy.url), flush=True)
     for line in sys.stdin:

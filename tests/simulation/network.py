@@ -237,7 +237,7 @@ class Network:
             body = bytearray(found.body)
             body[self._rng.randrange(len(body))] ^= 1 << self._rng.randrange(8)
             self.kernel.note(self.node, "a flipped bit in what was read")
-            return replace(found, body=bytes(body))
+            return replace(found, pieces=(bytes(body),))
         return found
 
 
