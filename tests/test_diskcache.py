@@ -92,13 +92,17 @@ def test_a_damaged_file_is_fetched_again(damage: str, machine: Machine) -> None:
     machine.restart()
     rng = random.Random(1)
     bodies = {path: path.read_bytes() for path in machine.files}
+    aside = machine.folder.parent / "aside"
+    aside.mkdir()
     for at, (path, body) in enumerate(bodies.items()):
         other = list(bodies.values())[at - 1]
         path.unlink()
         if damage == "folder":
             path.mkdir()
         elif damage == "link":
-            path.symlink_to("/dev/zero")
+            (aside / path.name).write_bytes(body)  # sound, and not to be read or written by way of a link
+            os.utime(aside / path.name, (1, 1))
+            path.symlink_to(aside / path.name)
         else:
             middle = len(body) // 2
             path.write_bytes(
@@ -115,6 +119,8 @@ def test_a_damaged_file_is_fetched_again(damage: str, machine: Machine) -> None:
     assert machine.read() == (0 if damage == "longer" else OBJECTS)
     machine.restart()
     assert machine.read() == (OBJECTS if damage in ("folder", "link") else 0)
+    machine.restart()
+    assert {path.stat().st_mtime for path in aside.iterdir()} <= {1}
 
 
 def test_damage_in_the_store_is_an_error_each_time(machine: Machine) -> None:
@@ -143,8 +149,8 @@ def test_its_size_is_bounded_and_the_least_used_goes_first(folder: Path) -> None
         assert used <= machine.most_bytes + size
         for path in machine.files:  # as if a while passed
             os.utime(path, (path.stat().st_atime - 100, path.stat().st_mtime - 100))
-    assert machine.read(6) == 0
     assert 0 < len(machine.files) < OBJECTS
+    assert [machine.read(number) for number in (1, 4, 5, 6)] == [0, 0, 0, 0]  # 1 was read again and again
     machine.runtime.close()
 
 
@@ -207,6 +213,8 @@ from test_diskcache import Machine
 machine, rng = Machine(Path(sys.argv[1]), most_bytes=int(sys.argv[2])), random.Random()
 for step in range(300):
     machine.read(rng.randrange(1, 7))
+    if step == 20:
+        print("begun", flush=True)
     if step % 5 == 0:
         machine.restart()
 machine.runtime.close()
@@ -219,8 +227,11 @@ def test_processes_share_a_folder(folder: Path) -> None:
     line = [sys.executable, "-c", WORKER, str(folder), str(40_000), *sys.path]
     processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     try:
+        assert processes[0].stdout is not None
+        assert processes[0].stdout.readline() == "begun\n"
         processes[0].send_signal(signal.SIGKILL)
-        assert [process.communicate(timeout=WAIT_S)[0] for process in processes[1:]] == ["done\n"] * 3
+        assert [process.communicate(timeout=WAIT_S)[0] for process in processes[1:]] == ["begun\ndone\n"] * 3
+        assert processes[0].wait() == -signal.SIGKILL
     finally:
         for process in processes:
             process.kill()
@@ -246,7 +257,7 @@ def test_plain_objects_are_not_kept(machine: Machine) -> None:
 
 @pytest.mark.mount
 def test_a_mount_that_was_killed_finds_it_again(place: Place, tmp_path: Path, proxy: FaultProxy) -> None:
-    """Nothing but the head is asked for, and what was committed meanwhile."""
+    """Nothing but the head is asked for, and what was committed meanwhile; the same for one beside it."""
     options = ("--cache-dir", str(tmp_path / "cache"), "--cache-dir-size", "64M")
     count = "SELECT count(*), total(length(data)) FROM t"
     with mounted(place, tmp_path) as mount:
@@ -254,6 +265,10 @@ def test_a_mount_that_was_killed_finds_it_again(place: Place, tmp_path: Path, pr
     with mounted(place.via(proxy.url), tmp_path, *options) as mount:
         assert sqlite(mount / "a.db", count) == "3000|12000000.0"
         assert proxy.counts()["GET", "data"] > 3
+        with mounted(place.via(proxy.url), tmp_path, *options) as beside:
+            proxy.reset()
+            assert sqlite(beside / "a.db", count) == "3000|12000000.0"
+            assert proxy.counts()["GET", "data"] <= 1
         mount.kill()
     with mounted(place.via(proxy.url), tmp_path, *options, refresh="1") as mount:
         proxy.reset()

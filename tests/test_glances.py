@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from engine import World
+from engine import Call, World
 
 from s3blockfs.catalog import Catalog
+from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.head import glance
 from s3blockfs.glances import AHEAD, IN_A_ROW
+from s3blockfs.objectstore import StoredObject
 
 COUNT = 100
 
@@ -82,6 +85,63 @@ def test_what_was_seen_too_long_ago_is_looked_at_again(world: World) -> None:
         world.runtime.sleep(2)
         assert sizes(machine, [name]) == [4096 if name == "075.db" else int(name[:3]) * 4096]
     assert sites(world)["glance"] <= COUNT
+
+
+def test_a_slow_reader_is_kept_ahead_of_by_little(world: World) -> None:
+    """So half of what was seen is still fresh when it comes to it."""
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+    sizes(machine, names[:20])
+    for name in names[20:50]:
+        world.runtime.sleep(0.4)
+        sizes(machine, [name])
+    sites(world)
+    for name in names[50:]:
+        world.runtime.sleep(0.4)
+        sizes(machine, [name])
+    found = sites(world)
+    assert found.total() - found["glance"] <= 30
+
+
+def test_what_lies_behind_is_not_looked_at(world: World) -> None:
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+    assert sizes(machine, names[60:70]) == [int(name[:3]) * 4096 for name in names[60:70]]
+    assert {call.key.split("/")[0] for call in world.store.calls} <= set(names[60:])
+    assert sites(world)["glance"] > 0
+
+
+def test_they_are_small(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a head nothing but its first line is fetched."""
+    machine, get, lengths = world.machine(refresh_s=1.0), world.store.get, []
+
+    def note(key: str, *, site: str, **options: Any) -> StoredObject:
+        lengths.extend([options["length"]] if site == "glance" else [])
+        return get(key, site=site, **options)
+
+    monkeypatch.setattr(world.store, "get", note)
+    sizes(machine, listed(machine, world))
+    assert len(lengths) > COUNT // 2 and max(lengths) <= 8192
+
+
+@pytest.mark.parametrize("trouble", ["the store", "threads"])
+def test_a_look_ahead_that_fails_is_made_again(world: World, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever asks for that name, who gets what he would have got."""
+    machine = world.machine(refresh_s=1.0)
+    names = listed(machine, world)
+
+    def refuse(call: Call, when: str) -> None:
+        if call.site == "glance":
+            raise StoreUnavailable("away")
+
+    def no_more_threads(*_: object) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    if trouble == "threads":
+        monkeypatch.setattr(world.runtime, "submit", no_more_threads)
+    else:
+        world.store.rule = refuse
+    assert sizes(machine, names) == [int(name[:3]) * 4096 for name in names]
 
 
 def test_nothing_is_looked_at_ahead_where_every_look_counts(world: World) -> None:

@@ -93,6 +93,30 @@ def test_that_library_writes_while_it_is_mounted(shared: Shared) -> None:
         assert len(dump(s3vfs.content(bucket, prefix))) == 200
 
 
+def test_exclusive(place: Place, tmp_path: Path) -> None:
+    """`mount --exclusive` converts it when it is opened, also for reading; the lease is for what it is then."""
+    bucket, prefix = bucket_of(place), f"{place.prefix}/old.db"
+    run(bucket, prefix, CREATE, fill(200))
+    content, listed = s3vfs.content(bucket, prefix), place.listing()
+    with mounted(place, tmp_path, "--exclusive", refresh="60") as mount, mounted(place, tmp_path) as other:
+        assert shell("stat", "-c", "%s", mount / "old.db").stdout.strip() == str(len(content))
+        assert set(listed) <= set(place.listing())
+        with Client(mount / "old.db") as client, Client(other / "old.db") as elsewhere:
+            assert client("PRAGMA integrity_check") == [["ok"]]
+            assert set(place.listing()).isdisjoint(listed)
+            with pytest.raises(apsw.Error):
+                run(bucket, prefix, "SELECT count(*) FROM t")
+            shell("cp", other / "old.db", tmp_path / "copy", check=True)
+            assert (tmp_path / "copy").read_bytes() == content
+            with pytest.raises(SqlError, match="locked"):
+                elsewhere("INSERT INTO t VALUES (1001, 'theirs')")
+            client("INSERT INTO t VALUES (1000, 'new')")
+            for each in (client, elsewhere):
+                assert each("SELECT count(*), max(id) FROM t") == [[201, 1000]]
+    with contextlib.closing(connect(bucket=bucket, name=prefix)) as again:
+        assert list(again.execute("PRAGMA integrity_check")) == [("ok",)]
+
+
 def test_removing_one(place: Place, tmp_path: Path) -> None:
     bucket = bucket_of(place)
     for name in ("a.db", "plain"):

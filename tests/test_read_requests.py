@@ -137,27 +137,27 @@ def test_a_hundred_random_rows(cold: tuple[Ask, Wire], capsys: pytest.CaptureFix
     assert not twice(wire)
 
 
-def test_a_range_of_an_index(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[str]) -> None:
-    """One row in a hundred, scattered."""
-    ask, wire = cold
-    question = "SELECT count(*), sum(length(data)) FROM t INDEXED BY i WHERE k BETWEEN 5000 AND 5999"
-    assert ask(question) == [(1000, 1_000_000)]
-    with capsys.disabled():
-        print(f"\nindex: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
-    assert gets(wire) <= 60
-    assert wire.received <= 105 * MB
-    assert not twice(wire)
-
-
-def test_a_full_scan(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("source", "rows", "most_gets"),
+    [
+        pytest.param("INDEXED BY i WHERE k BETWEEN 5000 AND 5999", 1000, 60, id="one row in a hundred, scattered"),
+        pytest.param("NOT INDEXED", ROWS, 34, id="all"),
+    ],
+)
+def test_many_rows(
+    cold: tuple[Ask, Wire], source: str, rows: int, most_gets: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Once from S3, then from memory."""
     ask, wire = cold
-    assert ask("SELECT count(*), sum(length(data)) FROM t NOT INDEXED") == [(ROWS, ROWS * 1000)]
+    question = f"SELECT count(*), sum(length(data)) FROM t {source}"
+    assert ask(question) == [(rows, rows * 1000)]
     with capsys.disabled():
-        print(f"\nscan: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr)
-    assert gets(wire) <= 34
+        print(
+            f"\n{rows} rows: {gets(wire)} requests, {wire.rounds} rounds, {wire.received / MB:.2f} MB", file=sys.stderr
+        )
+    assert gets(wire) <= most_gets
     assert wire.received <= 105 * MB
     assert not twice(wire)
     wire.reset()
-    assert ask("SELECT count(*), sum(length(data)) FROM t NOT INDEXED") == [(ROWS, ROWS * 1000)]
+    assert ask(question) == [(rows, rows * 1000)]
     assert {kind for _, kind in wire.counts()} <= {"head"}  # the look for news, if a second has passed
