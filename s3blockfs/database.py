@@ -97,7 +97,7 @@ class Database(State):
     def write(self, offset: int, data: bytes, owners: Collection[Hashable] | None = None) -> None:
         """Remember `data` as uncommitted; `owners`: the lock owners that the writing handle served, if that is known.
         Raises ReadOnly, NotSupported, DatabaseGone, OSError (spill folder full)."""
-        with self._changing():
+        with self._writing:  # nothing is shown that was not written here, so `_changing` has nothing to do
             if header.sets_wal(offset, data):
                 self._before_wal(offset, data)
             if self._takes_writes(owners):

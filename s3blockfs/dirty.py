@@ -82,8 +82,12 @@ class Dirty:
         self._file.write(offset, data)
         size, end = self._block_size, offset + len(data)
         for block in range(offset // size, -(-end // size)):
-            new = (max(offset, block * size), min(end, (block + 1) * size))
-            self._blocks[block] = union([*self._blocks.get(block, ()), new])
+            new = low, high = max(offset, block * size), min(end, (block + 1) * size)
+            rows = self._blocks.setdefault(block, [new])
+            if rows[-1][1] == low:  # page after page
+                rows[-1] = rows[-1][0], high
+            elif rows[-1] != new:
+                self._blocks[block] = union([*rows, new])
         self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:

@@ -15,7 +15,7 @@ from s3blockfs.format.keys import head_key
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime
 
-AHEAD = 64  # at most; more than there are I/O threads
+AHEAD = 64  # at most; as many as there are I/O threads
 IN_A_ROW = 3  # this many names asked for in order are no chance
 START_BYTES = 8192  # of a head; its line of JSON is shorter unless much waits to be folded
 
@@ -58,11 +58,12 @@ class Glances:
             self._begun = max(self._begun, place + 1)
             with suppress(RuntimeError):  # no more threads
                 for name in self._names[self._begun : place + 1 + self._ahead]:
-                    self._looks[name] = now, self._runtime.submit(partial(self._look, name))
+                    self._looks[name] = now, self._runtime.submit(partial(self.look, name))
                     self._begun += 1
         return look.result() if look is not None and is_fresh else None
 
-    def _look(self, prefix: str) -> Seen | None:
+    def look(self, prefix: str) -> Seen | None:
+        """By one small GET. None also for what is no database, or cannot be looked at."""
         with suppress(StoreError):  # whoever wants to know asks again
             return head.glance(self._store.get(head_key(prefix), site="glance", length=START_BYTES).body)
         return None

@@ -100,6 +100,13 @@ class Names:
             return _plain(found) if (found := self._object(prefix)) else None
         return Entry(prefix, is_folder=True) if version is None and self._is_folder_lately(path) else None
 
+    def detailed(self, path: str, entry: Entry) -> Entry:
+        """What a listing found at `path`, with size and time."""
+        if entry.is_folder or entry.is_fixed:
+            return entry
+        seen = self._glances.look(entry.prefix)
+        return (self.lookup(path) or entry) if seen is None else replace(entry, size=seen[0], modified_s=seen[1] / 1000)
+
     def listing(self, folder: str) -> list[tuple[str, Entry]]:
         """(name, entry) of everything in a folder, sorted. Two LISTs, and a look at each name that needs one."""
         base = join(self._root, folder)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]  # called with (done, in all)
 log = logging.getLogger(__name__)
 
-IO_THREADS = 32  # that wait for S3; boto3 needs about 1 ms of the GIL for a request, so more of them add nothing
+IO_THREADS = 64  # that wait for S3; boto3 needs about 1 ms of the GIL for a request, so more of them add nothing
 
 
 class Runtime:

@@ -29,7 +29,7 @@ class Uploads:
         self._source, self._rev, self._seq, self._block_size = source, base.rev, seq, base.block_size
         self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
         self.patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
-        self._most = max(1, min(config.memory // OBJECT_BYTES, IO_THREADS // 2))  # the rest is for other databases
+        self._most = max(1, min(config.memory // OBJECT_BYTES, IO_THREADS // 4))  # the rest is for other databases
         self.deadline: float | None = None  # set by the commit: when everything has to be stored
         self.blocks: dict[int, tuple[ObjectRef, int]] = {}  # which slot holds each block that is still as uploaded
 

@@ -71,6 +71,25 @@ def test_names_in_another_order_are_not_looked_at_ahead(world: World, step: int)
     assert sites(world)["glance"] == 0
 
 
+def test_details_of_a_listing_take_one_small_get_each(world: World) -> None:
+    """As `s3blockfs ls -l` asks, and what it cannot tell is looked up."""
+    machine = world.machine(refresh_s=1.0)
+    machine.make_folder("folder.d")
+    rows = dict(machine.listing(""))
+    world.machine(faulty=False).remove("050.db")
+    sites(world)
+    found = {name: machine.detailed(name, entry) for name, entry in rows.items()}
+    assert {name: entry.size for name, entry in found.items() if not (entry.is_folder or name == "050.db")} == {
+        f"{number:03d}.db": number * 4096 for number in range(COUNT) if number not in (50, 77)
+    }
+    assert all(found[name].modified_s > 0 for name in ("000.db", "099.db"))
+    assert found["folder.d"].is_folder
+    assert found["050.db"].size == 0
+    asked = sites(world)
+    assert asked.pop("glance") == COUNT - 1
+    assert asked.total() <= 3, asked
+
+
 def test_what_was_seen_too_long_ago_is_looked_at_again(world: World) -> None:
     """A reader that is slow gets the truth, and less and less is looked at in vain."""
     machine, writer = world.machine(refresh_s=1.0), world.machine(faulty=False)

@@ -24,7 +24,7 @@ def ls(target: options.Target, long: bool, as_json: bool) -> int:
         if not rows and catalog.lookup(target.prefix) is None:
             raise DatabaseNotFound(f"{target}: nothing there; `s3blockfs ls {target.bucket}` shows what is")
         code, asked = 0, rows if long or as_json else []
-        looks = [runtime.submit(partial(catalog.lookup, join(target.prefix, name))) for name, _ in asked]
+        looks = [runtime.submit(partial(catalog.detailed, join(target.prefix, name), each)) for name, each in asked]
         for (name, entry), look in zip_longest(rows, looks):
             try:
                 entry = (look and look.result()) or entry
