@@ -13,6 +13,7 @@ from greenlet import GreenletExit
 from s3blockfs import errors, header
 from s3blockfs.catalog import Catalog
 from s3blockfs.database import Database
+from s3blockfs.overlap import MountedDatabase
 from simulation.kernel import Node, Violation
 from simulation.oracle import Intent, Oracle, masked
 
@@ -83,7 +84,7 @@ class Client:
         try:
             content = self._see(database, promised)
             if pause_s:
-                self.kernel.sleep(pause_s)
+                self._overlap(database, pause_s)
                 start = self.rng.randrange(len(content) + 1)
                 again = database.read(start, self.rng.randrange(3000))
                 if again != content[start : start + len(again)] or (len(again) == 0) != (start == len(content)):
@@ -91,6 +92,17 @@ class Client:
             return content
         finally:
             self.process.unlock()
+
+    def _overlap(self, database: Database, seconds: float) -> None:
+        """Other connections of this process begin and end, all with one SHARED, unless a journal seems to be hot."""
+        for _ in range(8):
+            self.kernel.sleep(seconds / 8)
+            if isinstance(database, MountedDatabase) and database.pretended_journal is not None:
+                try:
+                    self.process.exclusive()
+                except errors.Busy:
+                    return
+                raise Violation(f"I7: {self.path}: EXCLUSIVE for a journal that does not exist")
 
     def _require_zero(self, again: bytes) -> None:
         if again:

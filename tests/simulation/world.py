@@ -18,6 +18,7 @@ from s3blockfs import blockmap, commit, errors, fold, housekeeping, uploads
 from s3blockfs.catalog import Catalog
 from s3blockfs.config import Config
 from s3blockfs.format import data, extents
+from s3blockfs.overlap import MountedDatabase
 from simulation.actors import Foreign, Operators
 from simulation.clients import TOLD, Client
 from simulation.kernel import Kernel, Node, SimulatedRuntime, Violation, install
@@ -114,6 +115,7 @@ class World:
         config = replace(self.config, refresh_s=self.rng.choice([0.0, self.config.refresh_s]))
         catalog = Catalog(network, runtime, config, "")
         catalog._writer = name
+        catalog.kind = MountedDatabase  # what a mount adds; an in-process connection does without
         return node, catalog
 
     def _likely(self, fault: str) -> float:
