@@ -34,6 +34,11 @@ log = logging.getLogger(__name__)
 WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 
 
+#: A writer that recovered the index asks for its read lock a hundred times within 10 s, and then gives up with
+#: SQLITE_PROTOCOL (https://sqlite.org/rescode.html#protocol). The lease of a machine that died takes longer to end.
+RECOVERED_S = 0.5
+
+
 class WalDatabase(MountedDatabase):
     """Made by `catalog.py` for a mount that may write."""
 
@@ -141,8 +146,17 @@ class WalDatabase(MountedDatabase):
     # --- the index -------------------------------------------------------------------------------------
 
     def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
-        """F_SETLK on `-shm`. Raises as `lock` does. The write lock without a read lock is for a recovery, a checkpoint,
-        or a transaction of a SQLite that waits for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
+        """F_SETLK on `-shm`. Raises as `lock` does."""
+        try:
+            self._lock_index(owner, kind, start, end, pid)
+        except Busy:
+            if kind is Kind.READ and self._is_unbegun(owner):
+                self._source.runtime.sleep(RECOVERED_S)
+            raise
+
+    def _lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
+        """The write lock without a read lock is for a recovery, a checkpoint, or a transaction of a SQLite that waits
+        for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
         writes, reads = kind is Kind.WRITE and start == end == WRITE, kind is Kind.READ and start >= FIRST_READ
         reads, holds = reads and end <= LAST_READ, self.index_locks.holds
         shares, checks = holds(owner, FIRST_READ, LAST_READ), holds(owner, CHECKPOINT, CHECKPOINT)

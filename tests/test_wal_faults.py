@@ -314,3 +314,24 @@ def test_writer_that_died_leaves_nothing_that_looks_begun() -> None:
         with connection.locked(Kind.WRITE, WRITE), connection.locked(Kind.READ, MY_READ):
             connection.append(b"", log, sync=False)
             assert connection.database._lease.is_held
+
+
+def test_writer_that_recovered_the_index_outwaits_the_lease_of_a_machine_that_died() -> None:
+    """SQLite asks a hundred times, and pauses for 10 s in all."""
+    with World(InlineRuntime()) as world:
+        here, there = wal_machine(world), wal_machine(world)
+        make(here)
+        dead = Connection(there)
+        dead.commit(insert(1, 1, 100), sync=True)
+        with dead.locked(Kind.READ, MY_READ), dead.locked(Kind.WRITE, WRITE):
+            connection, since_s, tries = Connection(here), world.runtime.monotonic(), 0
+            with connection.locked(Kind.WRITE, WRITE):
+                while world.runtime.monotonic() - since_s < 30:
+                    try:
+                        with connection.locked(Kind.READ, MY_READ):
+                            break
+                    except Busy:
+                        tries += 1
+            assert world.runtime.monotonic() - since_s >= 10.0
+            assert tries < 40, "not before the lease ended, or too often"
+            assert connection.database._lease.is_held
