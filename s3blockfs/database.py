@@ -51,8 +51,6 @@ from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
-LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
-
 
 class Database(State):
     """One database of a mount or process. Made by `catalog.py`."""

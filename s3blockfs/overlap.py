@@ -13,12 +13,13 @@ import contextlib
 from collections.abc import Hashable
 from typing import Any
 
-from s3blockfs.database import LONG_BEHIND_S, Database
+from s3blockfs.database import Database
 from s3blockfs.errors import Busy, CommitLost, S3BlockFSError
 from s3blockfs.lease import Stale
 from s3blockfs.locks import SHARED_FIRST, SHARED_LAST, Kind, Level
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile
 
+LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
 #: While readers that overlap keep an old state, new ones wait for so long (in WAL mode SQLite takes 10 s of it for an
 #: error), then not for so long; twice as long each time that it was in vain. How often to look for a newer state.
 HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0

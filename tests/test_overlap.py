@@ -13,9 +13,8 @@ from engine import InlineRuntime, Process, World
 from mounting import Client, Place, SqlError, fresh_name, mounted, shell, sqlite
 from scenes import Scene, same, state
 
-from s3blockfs.database import LONG_BEHIND_S
 from s3blockfs.errors import Busy, CommitLost
-from s3blockfs.overlap import HELD_BACK_S, LOOK_EVERY_S, PAUSE_S, MountedDatabase
+from s3blockfs.overlap import HELD_BACK_S, LONG_BEHIND_S, LOOK_EVERY_S, PAUSE_S, MountedDatabase
 
 STEP_S = 0.25
 
