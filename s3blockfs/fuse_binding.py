@@ -311,6 +311,8 @@ def mount(operations: Operations, mountpoint: str, *, options: Mapping[str, str 
     require()
     if Path(mountpoint).is_dir() and any(Path(mountpoint).iterdir()):  # libfuse would recommend `nonempty`
         raise UsageError(f"{mountpoint}: not empty; choose an empty directory")
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
+        mallopt(-8, 2)  # M_ARENA_MAX: for each thread one of its own, none of which gives back what it once needed
     loop = Mounted()
     # SIGINT and SIGHUP stay ignored if they are (nohup); `stop` needs a handler of SIGTERM.
     signals = [each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]

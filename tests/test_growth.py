@@ -36,6 +36,13 @@ def few_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def arenas(pid: int) -> int:
+    """The heaps that glibc made for threads; it puts them at multiples of 64 MiB, to find them by what is in them."""
+    maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    anonymous = [line for line in maps if line[1] == "rw-p" and len(line) == 5]
+    return sum(int(line[0].partition("-")[0], 16) % (64 * MIB) == 0 for line in anonymous)
+
+
 @pytest.mark.parametrize(
     "operations", [10_000, pytest.param(int(os.environ.get("GROWTH_OPERATIONS", "1000000")), marks=pytest.mark.long)]
 )
@@ -60,6 +67,7 @@ def test_many_operations(place: Place, tmp_path: Path, operations: int, capsys: 
                     done = json.loads(program.stdout.readline() or '{"operations": 0}')
                     assert done["operations"] >= operations // LOOKS
                     looks.append(usage(mount.process.pid))
+                heaps = arenas(mount.process.pid)
                 program.stdin.close()
                 assert program.wait(PATIENCE_S) == 0
             finally:
@@ -69,6 +77,7 @@ def test_many_operations(place: Place, tmp_path: Path, operations: int, capsys: 
             print(f"\nGROWTH_SEED={seed}, {done['kinds']}, after each tenth of {operations}: {said}")
         left = shell("ls", "-A", mount.directory).stdout.split()
         assert not [name for name in left if name.endswith(("-wal", "-shm"))]
+        assert heaps <= 4  # some threads began before the mount did; else there would be a dozen
         warm, last = looks[LOOKS // 2 - 1], looks[-1]
         assert last.descriptors <= warm.descriptors + 2  # connections to S3 come and go
         assert last.memory_bytes <= warm.memory_bytes + SLACK_BYTES
