@@ -226,8 +226,9 @@ class Snapshot:
     def prefetch(self, offset: int, end: int) -> None:
         """Start fetching what a read of these bytes would need."""
         size, end = self.head.block_size, min(end, self.head.size)
-        frames = self._frames(offset // size, -(-end // size))
-        self._source.cache.prefetch(self._source.prefix, frames or _addresses(self._plan(offset, end)))
+        with self._source.reading(self.head):
+            frames = self._frames(offset // size, -(-end // size)) or _addresses(self._plan(offset, end))
+        self._source.cache.prefetch(self._source.prefix, frames)
 
     def pieces(self, ahead: int) -> Iterator[bytes]:
         """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
@@ -243,7 +244,9 @@ class Snapshot:
             return None
         size, frames = self.head.block_size, list[FrameAddress]()
         newest = self._log.cuts[-1].seq if self._log.cuts else 0
-        for home in self.map.find(first, end):
+        with self._source.reading(self.head):
+            homes = list(self.map.find(first, end))
+        for home in homes:
             if home.first != first + len(frames) or home.seq < newest:
                 return None
             slots = range(home.slot, home.slot + home.blocks)

@@ -12,7 +12,7 @@ from engine import InlineRuntime, World, shrink_limits, small_leaves
 from story import PREFIX, Story
 
 from s3blockfs import gc
-from s3blockfs.errors import DamagedObject, DatabaseNotFound, StoreUnavailable, TooOld
+from s3blockfs.errors import DamagedObject, DatabaseNotFound, S3BlockFSError, StoreUnavailable, TooOld
 from s3blockfs.fold import DUE_SEGMENTS, is_due
 from s3blockfs.format.head import NamedSnapshot
 from s3blockfs.format.keys import ObjectRef, rev_of
@@ -226,6 +226,14 @@ def test_a_reader_of_a_collected_state_is_told_so(world: World) -> None:
     story.collect(RETAIN_S)
     with pytest.raises(TooOld, match="older than the retention"):
         reader.read(0, 1 << 20)
+    said = set()
+    for at in range(0, reader.head.size, reader.head.block_size):  # also of blocks with no log over them
+        for look in (reader.prefetch, lambda start, end: reader.read(start, end - start)):
+            try:
+                look(at, at + 1)
+            except S3BlockFSError as error:
+                said.add(type(error))
+    assert said == {TooOld}
     with pytest.raises(TooOld, match="older than the retention"):
         Snapshot.load(story.new_source(), version)
     with pytest.raises(TooOld, match="commit 2 is not kept any more"):
