@@ -15,7 +15,7 @@ from bench.wire import Asked, Figures
 from bench.workloads import BIG, Runs, python
 
 TERABYTE = 1 << 40
-SPARSE_PAGES = 300
+PAGES = 130
 IDLE_S = 10.0
 SETTLE_S = 2.0
 KNOWN = 1000
@@ -23,11 +23,12 @@ THREADS = 16
 
 
 def w14(on: Contestant, _: int) -> Runs:
-    """Cold: open a database and read a row, once one of 1 MB, once one of 1 TB that is mostly holes."""
-    for name, size, pages in (("1 MB", 0, 0), ("1 TB", TERABYTE, SPARSE_PAGES)):
+    """Cold: open a database and read a row, once one of 1 MB, once one of 1 TB that is mostly holes. Both were made by
+    the same two commits, of which the second is not folded yet."""
+    for name, size in (("1 MB", 0), ("1 TB", TERABYTE)):
         file = f"{size}-of-{on.name.split()[-1]}.sqlite"
         with on.ground.preparing(), OnMount(on.ground).session(file) as session:
-            session.do("sparse", size=size, pages=pages)
+            session.do("sparse", size=size, pages=PAGES)
         with on.session(file) as session:
             before = session.memory
             measured = session.step("row_of_sparse")
