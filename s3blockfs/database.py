@@ -28,21 +28,11 @@ from s3blockfs.errors import (
     StoreUnavailable,
 )
 from s3blockfs.head import Unsettled
+from s3blockfs.holdback import HoldBack
 from s3blockfs.housekeeping import Housekeeper
 from s3blockfs.journal import is_hot, restores_committed, super_journal
 from s3blockfs.lease import Lease, Stale
-from s3blockfs.locks import (
-    PENDING_BYTE,
-    READ,
-    RESERVED,
-    RESERVED_BYTE,
-    SHARED_FIRST,
-    SHARED_LAST,
-    Kind,
-    Level,
-    RangeLocks,
-    reserves,
-)
+from s3blockfs.locks import PENDING_BYTE, RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks, reserves
 from s3blockfs.prefetch import Readahead
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile, SideFiles
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -67,6 +57,7 @@ class Database(State):
         self._abandoned = False  # by `owner_closes`: no call has failed yet, SQLite may believe in its transaction
         self._journal_images_committed = True
         self._behind_s: float | None = None
+        self._hold = HoldBack()
         self._refused: tuple[Hashable, float] | None = None  # a writer, for being behind, and since when
         self._began: tuple[Hashable, bytes] = (None, b"")  # who took RESERVED last, and on which commit
         self.locks, self.path = RangeLocks(), path
@@ -271,7 +262,7 @@ class Database(State):
             with self._gate:
                 before = self.locks.level(owner)
                 self.locks.unlock(owner, start, end)
-                if before >= RESERVED:
+                if before >= Level.RESERVED:
                     self._after_change(owner, before)
 
     def owner_closes(self, owner: Hashable) -> bool:
@@ -286,7 +277,7 @@ class Database(State):
             return True
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
-        if kind is READ and (start, end) == (SHARED_FIRST, SHARED_LAST):
+        if (start, end) == (SHARED_FIRST, SHARED_LAST) and kind is Kind.READ:
             if not level:
                 self._require_settled()
                 self._refresh(self._config.refresh_s, owner)
@@ -303,7 +294,7 @@ class Database(State):
             raise CommitLost(f"{self._label}: {text}")
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
-        if before < RESERVED or self.locks.level(owner) >= Level.RESERVED:
+        if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
             return
         self._lease.done(self)
         if self._discarding == owner:
@@ -347,8 +338,13 @@ class Database(State):
                     return
                 self._fall_behind(now)
             behind_s = now - (now if self._behind_s is None else self._behind_s)
-            if owner is not None and (self._refused or behind_s >= 2 * self._config.refresh_s):
+            is_due = owner is not None and (self._refused or behind_s >= 2 * self._config.refresh_s)
+            if is_due and self._makes_wait(now):
                 raise Busy(f"{self._label}: a newer state waits for readers to finish")
+
+    def _makes_wait(self, now: float) -> bool:
+        """Who begins to read, for a newer state's sake; without an interval nobody is shown an old one."""
+        return self._config.refresh_s == 0 or self._hold.holds(now)
 
     def _is_read(self, owner: Hashable) -> bool:
         """Whether somebody else than `owner` is in a transaction."""
@@ -371,7 +367,8 @@ class Database(State):
 
     def _fall_behind(self, now: float) -> None:
         """A newer state is known that cannot be shown yet."""
-        self._behind_s = now if self._behind_s is None else self._behind_s
+        if self._behind_s is None:
+            self._behind_s, self._hold = now, HoldBack()
         self.checked_s = float("-inf")
 
     def _begin_write(self, owner: Hashable) -> None:

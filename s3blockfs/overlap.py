@@ -20,9 +20,7 @@ from s3blockfs.locks import SHARED_FIRST, SHARED_LAST, Kind, Level
 from s3blockfs.sidefiles import JOURNAL_SUFFIX, SideFile
 
 LONG_BEHIND_S = 2.0  # readers that keep an old state so long belong to a process that never gets rid of all of them
-#: While readers that overlap keep an old state, new ones wait for so long (in WAL mode SQLite takes 10 s of it for an
-#: error), then not for so long; twice as long each time that it was in vain. How often to look for a newer state.
-HELD_BACK_S, PAUSE_S, LONGEST_PAUSE_S, LOOK_EVERY_S = 3.0, 8.0, 120.0, 1.0
+LOOK_EVERY_S = 1.0  # for a newer state, in the place of those that overlap
 
 
 class MountedDatabase(Database):
@@ -32,8 +30,6 @@ class MountedDatabase(Database):
         super().__init__(*arguments)
         self.only_read = 0  # handles that are open for reading only
         self._pretended: SideFile | None = None
-        self._met_s: float | None = None  # when somebody first met it: kernels remember that there was none
-        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
         self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
 
     @property
@@ -41,11 +37,13 @@ class MountedDatabase(Database):
         """What is to be shown as the journal, if readers are to be held back."""
         if (pretended := self._pretended) is None or not self._holds_back() or self._journal_is_hot():
             return None
-        self._met_s = self._met_s or self._source.runtime.monotonic()
-        return pretended
+        # Kernels remember that there was none, so the time begins here.
+        return pretended if self._hold.holds(self._source.runtime.monotonic()) else None
 
     def _holds_back(self) -> bool:
-        return self._pretended is not None and self._behind_s is not None and not self.only_read
+        if self._pretended is None or self._behind_s is None or self.only_read:
+            return False
+        return not self._hold.is_paused(self._source.runtime.monotonic())
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
         if kind is Kind.WRITE:
@@ -81,7 +79,7 @@ class MountedDatabase(Database):
 
     def _fall_behind(self, now: float) -> None:
         if self._behind_s is None:
-            self._pretended, self._pause_s, self._hold_after_s = None, PAUSE_S, 0.0
+            self._pretended = None
         super()._fall_behind(now)
 
     def tick(self) -> None:
@@ -95,20 +93,18 @@ class MountedDatabase(Database):
         with self._gate, contextlib.suppress(S3BlockFSError, OSError):
             now = self._source.runtime.monotonic()
             if self._pretended is not None and self._behind_s is not None:
-                if self._met_s is not None and now - self._met_s >= HELD_BACK_S:
+                if self._hold.is_over(now):
+                    self._hold.pause(now)
+                if self._hold.is_paused(now):
                     self._pretended = None
-                    self._was_in_vain(now)
-            elif now >= self._hold_after_s and not (self.only_read or self.is_writing):
+            elif not (self._hold.is_paused(now) or self.only_read or self.is_writing):
                 self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
                 if self._is_due(now) and self.size:  # beside an empty file SQLite deletes a journal
-                    self._met_s, self._pretended = None, self._side_files.pretended(self.path + JOURNAL_SUFFIX)
+                    self._hold.begin()
+                    self._pretended = self._side_files.pretended(self.path + JOURNAL_SUFFIX)
 
     def _is_due(self, now: float) -> bool:
         """Whether new readers should wait, for a newer state's sake."""
-        if self._behind_s is None or now < self._hold_after_s:
+        if self._behind_s is None or self._hold.is_paused(now):
             return False
         return bool(self._refused) or now - self._behind_s >= max(2 * self._config.refresh_s, LONG_BEHIND_S)
-
-    def _was_in_vain(self, now: float) -> None:
-        self._hold_after_s = now + self._pause_s
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)

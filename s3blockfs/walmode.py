@@ -21,9 +21,10 @@ from typing import Any
 from s3blockfs import header, wal
 from s3blockfs.backlog import Backlog
 from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
+from s3blockfs.holdback import HELD_BACK_S, HoldBack
 from s3blockfs.lease import Stale
 from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind, Level, RangeLocks
-from s3blockfs.overlap import HELD_BACK_S, LOOK_EVERY_S, PAUSE_S, MountedDatabase
+from s3blockfs.overlap import LOOK_EVERY_S, MountedDatabase
 from s3blockfs.sidefiles import INDEX_SUFFIX, LOG_SUFFIX, SideFile
 from s3blockfs.snapshot import Version
 from s3blockfs.view import View
@@ -134,6 +135,9 @@ class WalDatabase(MountedDatabase):
     def _is_changed(self, owner: Hashable) -> bool:
         """Whether anybody else may be writing to the index."""
         return bool(self.index_locks.test(owner, Kind.READ, WRITE, LAST_READ)) or self._is_exclusive()
+
+    def _makes_wait(self, now: float) -> bool:
+        return self._log() is not None or super()._makes_wait(now)
 
     def _refresh(self, max_age_s: float, owner: Hashable) -> None:
         if self._log() is None:
@@ -253,7 +257,7 @@ class WalDatabase(MountedDatabase):
             if self._header is not None and now - self._header[1] >= HELD_BACK_S and self._is_read(None):
                 self._write_index(index, self._header[0])
                 self._header = None
-                self._was_in_vain(now)
+                self._hold.pause(now)
                 return
             self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
             if self._header is None and self._is_due(now):
@@ -399,7 +403,7 @@ class WalDatabase(MountedDatabase):
         if self._ahead is not None:
             self._view.move(self._ahead.snapshot)
         self._forget_log()
-        self._pause_s, self._hold_after_s = PAUSE_S, 0.0
+        self._hold = HoldBack()
         if (file := self._log()) is not None:
             size = header.page_size(self._view.read(0, header.HEADER_BYTES).ljust(18, b"\0")) or 4096
             file.truncate(0)

@@ -14,7 +14,8 @@ from mounting import Client, Place, SqlError, fresh_name, mounted, shell, sqlite
 from scenes import Scene, same, state
 
 from s3blockfs.errors import Busy, CommitLost
-from s3blockfs.overlap import HELD_BACK_S, LONG_BEHIND_S, LOOK_EVERY_S, PAUSE_S, MountedDatabase
+from s3blockfs.holdback import HELD_BACK_S, PAUSE_S
+from s3blockfs.overlap import LONG_BEHIND_S, LOOK_EVERY_S, MountedDatabase
 
 STEP_S = 0.25
 
@@ -22,8 +23,8 @@ STEP_S = 0.25
 class Overlap(Scene):
     """A database of a mount, and process 1 of which some connection reads all the time."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world, MountedDatabase)
+    def __init__(self, world: World, **changes: object) -> None:
+        super().__init__(world, MountedDatabase, **changes)
         assert isinstance(self.database, MountedDatabase)
         self.mounted = self.database
         self.crowd = self.process(1)
@@ -101,6 +102,33 @@ def test_a_long_reader_holds_back_others_for_a_while(scene: Overlap) -> None:
         assert pause_s - STEP_S <= scene.until(True, pause_s + 1) <= pause_s + STEP_S
         assert len(scene.world.store.calls) == requests
         assert same(scene.shown(), state(1))
+
+
+@pytest.mark.parametrize("only_read", [0, 1])
+def test_a_long_reader_does_not_keep_other_processes_out(only_read: int) -> None:
+    """They wait for 3 s, go on with the old state, and try again later; also where no journal can be pretended."""
+
+    def until(refused: bool) -> float:
+        took_s = 0.0
+        while is_refused(other.shared) is not refused:
+            other.unlock()
+            took_s += scene.wait(STEP_S)
+            assert took_s <= 5 * PAUSE_S
+        return took_s
+
+    with World(InlineRuntime()) as world:
+        scene = Overlap(world, refresh_s=1)
+        scene.mounted.only_read = only_read
+        other = scene.process(2)
+        scene.commit_elsewhere(2)
+        assert until(True) <= 5
+        for pause_s in (PAUSE_S, 2 * PAUSE_S):
+            assert HELD_BACK_S - STEP_S <= until(False) <= HELD_BACK_S + STEP_S
+            assert same(scene.shown(), state(1))
+            assert pause_s - 2 * STEP_S <= until(True) <= pause_s + 2 * STEP_S
+        scene.crowd.unlock()
+        other.shared()
+        assert same(scene.shown(), state(2))
 
 
 def test_the_time_counts_from_the_first_who_meets_it(scene: Overlap) -> None:
