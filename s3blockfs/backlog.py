@@ -68,7 +68,7 @@ class Backlog:
         with self._mutex:
             at = end or wal.start(file.read(0, wal.HEADER_BYTES))
             self._waiting = [each for each in self._waiting if at is not None and each.end.frames <= at.frames]
-            self.end = end
+            self.end, self.since_s = end, self.since_s if self._waiting else None
             file.truncate(0 if at is None else at.end)
 
     def restart(self) -> None:
