@@ -125,6 +125,7 @@ def test_overlapping_threads(pair: Pair, seconds: float, mode: str, capsys: pyte
     for n, at in seen:
         newest = [when for when, number in committed if number == n + 1]
         ages.append(max(at - newest[0], 0.0) if newest else 0.0)
+    assert ages, (looks, took, errors)
     with capsys.disabled():
         text = f"{looks} transactions saw {len(seen)} of {len(committed)} states, the oldest {max(ages):.1f} s old"
         print(f"\n{text}; {len(took)} writes, the longest {max(took, default=0):.1f} s; {errors[:3]}", file=sys.stderr)
