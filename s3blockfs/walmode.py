@@ -339,11 +339,11 @@ class WalDatabase(MountedDatabase):
         pending, file, view = self._pending.take(), self._log(), self._ahead
         if not pending or file is None or view is None:
             return
-        self._require_writable()
-        self._doubtful = pending[-1].end
-        if not ends and self.is_writing:
-            self._lease.stays()
         try:
+            self._require_writable()
+            self._doubtful = pending[-1].end
+            if not ends and self.is_writing:
+                self._lease.stays()
             for each in pending:
                 if each.cut < view.size:
                     view.truncate(each.cut)
@@ -475,7 +475,10 @@ class WalDatabase(MountedDatabase):
             super().delete()
 
     def close(self) -> None:
-        if self._doubt is not None and self._pending:
+        with self._mutex:  # two at a time could take one doubt for another
+            recovers = self._doubt is not None and not self._recovering and bool(self._pending)
+            self._recovering |= recovers
+        if recovers:
             self._recover()
         try:
             with self._changing():

@@ -4,7 +4,7 @@ What a connection does is in `walclient.py`."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -166,6 +166,32 @@ def test_every_request_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "done" in outcomes and ("unknown" in outcomes or fault != "after, outage")
 
 
+@contextlib.contextmanager
+def connected(sync: bool) -> Iterator[tuple[World, Connection]]:
+    """A machine with one connection, which has committed a row."""
+    with World(InlineRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 1, 100), sync=sync)
+        yield world, connection
+
+
+def test_a_publish_that_cannot_even_begin_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the state it is based on has to be loaded first, say, and cannot be."""
+
+    def fails() -> None:
+        raise StoreUnavailable("outage")
+
+    with connected(sync=False) as (world, connection):
+        with monkeypatch.context() as patch:
+            patch.setattr(connection.database, "_require_writable", fails)
+            wait(connection)
+        assert elsewhere(world) != connection.rows()
+        wait(connection)
+        assert elsewhere(world) == connection.rows()
+
+
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("fault", ["before", "after", "delayed"])
@@ -182,11 +208,7 @@ def test_publish_in_doubt_beside_a_writer(fault: str, sync: bool, ends: bool) ->
             raise Delayed if fault == "delayed" else RequestInDoubt("cut")
 
     sent = False
-    with World(InlineRuntime()) as world:
-        machine = wal_machine(world)
-        make(machine)
-        connection = Connection(machine)
-        connection.commit(insert(1, 1, 100), sync=False)
+    with connected(sync=False) as (world, connection):
         old = connection.rows()
         with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
             before = connection.files()
@@ -199,7 +221,7 @@ def test_publish_in_doubt_beside_a_writer(fault: str, sync: bool, ends: bool) ->
                 connection.append(before[1], log, sync)
         kept = old if sync else new
         if ends:
-            machine.close()
+            connection.machine.close()
             assert elsewhere(world) == kept
             return
         assert when_settled(world, connection.rows) == kept
@@ -221,11 +243,7 @@ def test_commit_during_a_publish_is_published() -> None:
             world.store.rule = None
             ends.close()
 
-    with World(InlineRuntime()) as world, contextlib.ExitStack() as ends:
-        machine = wal_machine(world)
-        make(machine)
-        connection = Connection(machine)
-        connection.commit(insert(1, 1, 100), sync=False)
+    with connected(sync=False) as (world, connection), contextlib.ExitStack() as ends:
         ends.enter_context(connection.locked(Kind.READ, MY_READ))
         ends.enter_context(connection.locked(Kind.WRITE, WRITE))
         before = connection.files()
@@ -269,11 +287,7 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
     def rule(call: Call, when: str) -> None:
         raise StoreUnavailable("outage")
 
-    with World(InlineRuntime()) as world:
-        machine = wal_machine(world)
-        make(machine)
-        connection = Connection(machine)
-        connection.commit(insert(1, 1, 100), sync=True)
+    with connected(sync=True) as (world, connection):
         old = connection.rows()
         with connection.locked(Kind.READ, MY_READ):
             connection.process.exclusive()
@@ -298,18 +312,14 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
 
 def test_writer_that_died_leaves_nothing_that_looks_begun() -> None:
     """Its lock of the index went with the index: the next writer needs the lease as any other."""
-    with World(InlineRuntime()) as world:
-        machine = wal_machine(world)
-        make(machine)
-        connection = Connection(machine)
-        connection.commit(insert(1, 1, 100), sync=True)
+    with connected(sync=True) as (world, connection):
         with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
             connection.process.close()
-            machine.open(NAME).tidy()
-            assert machine.side_files.get(f"{NAME}-wal") is None
+            connection.machine.open(NAME).tidy()
+            assert connection.machine.side_files.get(f"{NAME}-wal") is None
         world.runtime.sleep(2)
-        machine.tick()
-        connection = Connection(machine)
+        connection.machine.tick()
+        connection = Connection(connection.machine)
         (_, log), _ = ran(connection.files(), insert(2, 1, 100))
         with connection.locked(Kind.WRITE, WRITE), connection.locked(Kind.READ, MY_READ):
             connection.append(b"", log, sync=False)
