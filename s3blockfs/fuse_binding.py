@@ -115,9 +115,14 @@ class Operations:
         """A signal asked for the end: return when it may come. Requests are still answered meanwhile."""
 
 
+def context_thread() -> int:
+    """The thread that made this callback's request; 0 when it is not visible from here."""
+    return int(fuse.fuse_get_context()[2])
+
+
 def context_pid() -> int:
-    """The process (not the thread) that made this callback's request; 0 when it is not visible from here."""
-    thread = int(fuse.fuse_get_context()[2])
+    """Its process."""
+    thread = context_thread()
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the caller is gone, as a killed one can be
         return int(Path(f"/proc/{thread}/status").read_text().split("\nTgid:")[1].split()[0])
     return thread

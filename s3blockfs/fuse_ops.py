@@ -20,7 +20,7 @@ from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
 from s3blockfs.exclusive import ExclusiveDatabase
-from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
@@ -342,7 +342,7 @@ class FileSystem(Operations):
         handle.owners.add(owner)
         try:
             if indexed is not None:
-                indexed.lock_index(owner, kind, start, end, lock.l_pid)
+                indexed.lock_index(owner, kind, start, end, lock.l_pid, context_thread())
             elif command == F_SETLKW:
                 database.wait_lock(owner, kind, start, end, lock.l_pid, self.mounted.interrupted)
             else:

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 #: Bytes of `-shm` that SQLite locks: https://sqlite.org/walformat.html#wal_locks
 WRITE, CHECKPOINT, FIRST_READ, LAST_READ = 120, 121, 123, 127
 
-
 #: A writer that recovered the index asks for its read lock a hundred times within 10 s, and then gives up with
 #: SQLITE_PROTOCOL (https://sqlite.org/rescode.html#protocol). The lease of a machine that died takes longer to end.
 RECOVERED_S = 0.5
@@ -50,7 +49,7 @@ class WalDatabase(MountedDatabase):
         self._doubtful: wal.Position | None = None  # the end of what was published last, or not: see `_doubt`
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
-        self._begun = False  # who has the write lock writes
+        self._begun, self._thread = False, 0  # who has the write lock writes; which of its threads took it
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -149,16 +148,16 @@ class WalDatabase(MountedDatabase):
 
     # --- the index -------------------------------------------------------------------------------------
 
-    def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
-        """F_SETLK on `-shm`. Raises as `lock` does."""
+    def lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, thread: int) -> None:
+        """F_SETLK on `-shm` by a thread of `owner`. Raises as `lock` does."""
         try:
-            self._lock_index(owner, kind, start, end, pid)
+            self._lock_index(owner, kind, start, end, pid, thread)
         except Busy:
-            if kind is Kind.READ and self._is_unbegun(owner):
+            if kind is Kind.READ and self._is_unbegun(owner, thread):
                 self._source.runtime.sleep(RECOVERED_S)
             raise
 
-    def _lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int) -> None:
+    def _lock_index(self, owner: Hashable, kind: Kind, start: int, end: int, pid: int, thread: int) -> None:
         """The write lock without a read lock is for a recovery, a checkpoint, or a transaction of a SQLite that waits
         for it before it reads (SQLITE_ENABLE_SETLK_TIMEOUT)."""
         writes, reads = kind is Kind.WRITE and start == end == WRITE, kind is Kind.READ and start >= FIRST_READ
@@ -177,9 +176,10 @@ class WalDatabase(MountedDatabase):
                     raise Busy(f"{self._label}: a newer state waits for readers to finish")
                 self._header = None  # also if no newer state can be had
             shares, reads = holds(owner, FIRST_READ, LAST_READ), reads and not checks
-            begins = begins or (writes and shares) or (reads and self._is_unbegun(owner))
+            begins = begins or (writes and shares) or (reads and self._is_unbegun(owner, thread))
             if held or self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
+            self._thread = thread if writes else self._thread
             if begins:  # locked already: a commit in the background must not give the lease away any more
                 try:
                     self._begin_write_in_log(owner)
@@ -215,9 +215,10 @@ class WalDatabase(MountedDatabase):
             self.forget_pages(index)
         return index is not None and wal.has_index(index.read(0, wal.INDEX_HEADERS_BYTES))
 
-    def _is_unbegun(self, owner: Hashable) -> bool:
-        """Whether it has the write lock, and no transaction yet."""
-        return not self._begun and (writer := self._writer()) is not None and writer.owner == owner
+    def _is_unbegun(self, owner: Hashable, thread: int | None = None) -> bool:
+        """Whether it (by this thread: others may only read meanwhile) has the write lock, and no transaction yet."""
+        held = None if self._begun else self._writer()
+        return held is not None and held.owner == owner and thread in (None, self._thread)
 
     def _begin_write_in_log(self, owner: Hashable) -> None:
         self._require_writable()

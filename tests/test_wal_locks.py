@@ -10,7 +10,7 @@ from engine import InlineRuntime, World
 from scenes import LEASE_S, PREFIX, Scene
 
 from s3blockfs.errors import Busy
-from s3blockfs.locks import Kind
+from s3blockfs.locks import RESERVED_BYTE, SHARED_FIRST, SHARED_LAST, Kind
 from s3blockfs.wal import INDEX_HEADERS_BYTES
 from s3blockfs.walmode import FIRST_READ, WRITE, WalDatabase
 
@@ -44,11 +44,11 @@ class Logged(Scene):
         index.write(0, b"\1" * INDEX_HEADERS_BYTES)
 
     def write_lock(self, owner: str) -> None:
-        self.logged.lock_index(owner, Kind.WRITE, WRITE, WRITE, 1)
+        self.logged.lock_index(owner, Kind.WRITE, WRITE, WRITE, 1, 1)
 
     def begin(self, owner: str) -> None:
         """As most: a read lock comes first."""
-        self.logged.lock_index(owner, Kind.READ, FIRST_READ, FIRST_READ, 1)
+        self.logged.lock_index(owner, Kind.READ, FIRST_READ, FIRST_READ, 1, 1)
         self.write_lock(owner)
 
     def end(self, owner: str) -> None:
@@ -100,3 +100,18 @@ def test_it_goes_to_nobody_who_met_another_writer(scene: Logged, monkeypatch: py
     scene.write_lock("two")
     assert scene.has_lease and scene.logged.is_writing
     scene.end("two")
+
+
+def test_it_is_not_begun_by_a_thread_that_only_reads(scene: Logged) -> None:
+    """While another of its process has the lock to recover the index, and another machine writes."""
+    scene.machine.side_files.get(f"{scene.logged.path}-shm").write(0, bytes(INDEX_HEADERS_BYTES))
+    scene.write_lock("one")
+    elsewhere = scene.world.machine(lease_s=LEASE_S).open(PREFIX)
+    elsewhere.lock("else", Kind.READ, SHARED_FIRST, SHARED_LAST, 1)
+    elsewhere.lock("else", Kind.WRITE, RESERVED_BYTE, RESERVED_BYTE, 1)
+    before_s = scene.world.runtime.monotonic()
+    scene.logged.lock_index("one", Kind.READ, FIRST_READ, FIRST_READ, 1, 2)
+    assert scene.world.runtime.monotonic() == before_s, "it had to wait"
+    scene.logged.unlock_index("one", FIRST_READ, FIRST_READ)
+    with pytest.raises(Busy):
+        scene.logged.lock_index("one", Kind.READ, FIRST_READ, FIRST_READ, 1, 1)

@@ -84,7 +84,7 @@ class Connection:
 
     @contextlib.contextmanager
     def locked(self, kind: Kind, start: int, end: int | None = None) -> Iterator[None]:
-        self.database.lock_index(self.process, kind, start, end or start, 1)
+        self.database.lock_index(self.process, kind, start, end or start, 1, 1)
         try:
             yield
         finally:
