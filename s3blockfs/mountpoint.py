@@ -1,19 +1,23 @@
 """What a mount needs of a machine, unmounting, and clearing what a killed daemon left behind; all without libfuse."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
 
 SUBTYPE = "s3blockfs"  # makes the kernel call our mounts `fuse.s3blockfs`, so that a dead one is known to be ours
 FUSE_DEVICE = "/dev/fuse"
+PR_SET_PDEATHSIG, MNT_FORCE = 1, 1  # prctl(2), umount(2)
 ANSWER_S = 10.0  # how long a mount may take to say that it is alive
 
 
@@ -70,16 +74,61 @@ def _is_dead(path: str) -> bool:
         raise EnvironmentProblem(text) from error
 
 
+@contextlib.contextmanager
+def lifeline(mountpoint: str) -> Iterator[Callable[[], object]]:
+    """Around the life of a mount, on a thread that waits for its end; to be called back once it is there. If this
+    process is killed meanwhile, another that is started here tells the kernel that the mount is dead.
+
+    The kernel would find out when the last thread has ended. One that was waiting for its own mount (for a page of
+    `-shm` to be written back, say) never does, and everybody who uses the mount would hang with it."""
+    main = "import sys; sys.path[:] = filter(None, sys.path); from s3blockfs.mountpoint import hold; hold(sys.argv[1])"
+    line, nowhere = [sys.executable, "-c", main, mountpoint], subprocess.DEVNULL
+    with subprocess.Popen(line, bufsize=0, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/") as child:
+        try:
+            assert child.stdin is not None
+            yield partial(child.stdin.write, b"\n")
+        finally:
+            child.kill()
+
+
+def hold(mountpoint: str) -> None:
+    """What the other process does."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which go to a whole terminal or service
+        signal.signal(each, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)  # of the thread, not the process: that may never end
+    if not sys.stdin.buffer.readline():
+        return  # there never was a mount
+    before = _entry(mountpoint)
+    signal.sigwait([signal.SIGUSR1])
+    path, kind, number = _entry(mountpoint)
+    if (path, kind, number) != before or kind != f"fuse.{SUBTYPE}":
+        return  # unmounted, perhaps something else by now
+    try:  # https://docs.kernel.org/filesystems/fuse.html#aborting-a-filesystem-connection
+        Path(f"/sys/fs/fuse/connections/{number.split(':')[1]}/abort").write_text("1")
+    except OSError:  # not to be seen, as in containers. With something open on it, it is aborted, but not unmounted
+        os.open(path, os.O_PATH)
+        ctypes.CDLL(None).umount2(os.fsencode(path), MNT_FORCE)
+
+
 def _look_up(mountpoint: str) -> tuple[str, str | None]:
     """The path as the kernel's table has it, and the file system type mounted last on it; never asks the mount."""
+    path, kind, _ = _entry(mountpoint)
+    return path, kind
+
+
+def _entry(mountpoint: str) -> tuple[str, str | None, str]:
+    """The same, with the device number, `major:minor`."""
     text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
-    mounts = re.findall(r"^(?:[^ ]+ ){4}([^ ]+) .*? - ([^ ]+) ", text, re.MULTILINE)
-    table = {re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path): kind for path, kind in mounts}
+    mounts = re.findall(r"^[^ ]+ [^ ]+ ([^ ]+) [^ ]+ ([^ ]+) .*? - ([^ ]+) ", text, re.MULTILINE)
+    table = {
+        re.sub(r"\\([0-7]{3})", lambda o: chr(int(o[1], 8)), path): (kind, device) for device, path, kind in mounts
+    }
     given = Path(mountpoint).absolute()
     path = os.path.join(os.path.realpath(given.parent), given.name)  # noqa: PTH118  plain strings, as in the table
     if path not in table:
         path = os.path.realpath(given)  # the last part may be a symlink
-    return path, table.get(path)
+    return path, *table.get(path, (None, ""))
 
 
 def _fusermount(*arguments: str) -> None:

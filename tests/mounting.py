@@ -146,13 +146,9 @@ class Mount:
         return Counter(re.findall(r"^unique: \d+, opcode: (\w+)", self.log, re.MULTILINE))
 
     def kill(self) -> None:
-        """SIGKILL; the dead mount stays, unless it has to be ended by force (docs/ARCHITECTURE.md, Known limits)."""
+        """SIGKILL; the dead mount stays."""
         self.process.kill()
-        try:
-            self.process.wait(PATIENCE_S / 4)
-        except subprocess.TimeoutExpired:
-            shell("umount", "-f", "-l", self.directory)
-            self.process.wait(PATIENCE_S)
+        self.process.wait(PATIENCE_S)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -242,11 +238,11 @@ def is_mounted(directory: Path) -> bool:
 
 
 def daemons_of(directory: Path) -> list[int]:
-    """The processes that were started with this (unique) directory on their command line."""
+    """The processes that were started as `s3blockfs mount` with this (unique) directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            if os.fsencode(directory) in entry.read_bytes().split(b"\0"):
+            if {os.fsencode(directory), b"mount"} <= set(entry.read_bytes().split(b"\0")):
                 found.append(int(entry.parent.name))
     return found
 

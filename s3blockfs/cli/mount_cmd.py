@@ -104,6 +104,7 @@ def _serve(target: options.Target, given: str) -> int:
         raise UsageError(f"{given}: something is mounted there already; s3blockfs umount it first")
 
     def ready() -> None:
+        is_mounted()
         notify.ready(f"{target} on {directory}")
         if in_background:
             _detach()
@@ -121,7 +122,8 @@ def _serve(target: options.Target, given: str) -> int:
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
         operations = FileSystem(catalog, config, runtime, str(directory), ready)
         fuse_options: dict[str, str | bool] = {"fsname": str(target), "allow_other": config.allow_other}
-        fuse_binding.mount(operations, str(directory), options={**fuse_options, **operations.timeouts})
+        with mountpoint.lifeline(str(directory)) as is_mounted:
+            fuse_binding.mount(operations, str(directory), options={**fuse_options, **operations.timeouts})
     return 0
 
 
