@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
@@ -47,6 +48,7 @@ class _Handle:
     wrote: bool = False
     failed: bool = False
     owners: set[Hashable] = field(default_factory=set)
+    reader: int | None = None  # the process that opened it, if for reading only
 
 
 class FileSystem(Operations):
@@ -301,10 +303,12 @@ class FileSystem(Operations):
 
     def release(self, path: str | None, info: FileInfo) -> None:
         with self._lock:
-            database = self._handles.pop(info.fh).file
-            if isinstance(database, SideFile):
+            handle = self._handles.pop(info.fh)
+            if isinstance(database := handle.file, SideFile):
                 return
-        self._kernel.closed(database, info)
+            if isinstance(database, MountedDatabase) and handle.reader is not None:
+                database.only_read = database.only_read - Counter([handle.reader])
+        self._kernel.closed(database)
         self._release(database)
 
     # --- locks -----------------------------------------------------------------------------------------
@@ -422,7 +426,8 @@ class FileSystem(Operations):
         if isinstance(database, MountedDatabase) and (side := database.pretended_journal) is not None:
             if changes:
                 raise OSError(errno.EBUSY, f"{path}: a newer state waits for readers to finish")
-            return side
+            if not (database.only_read and database.only_read[context_pid()]):
+                return side
         if (found := self._catalog.side_files.get(name)) is None:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return found
@@ -450,6 +455,10 @@ class FileSystem(Operations):
         shown = self._kernel.opened(database, info)
         handle = self._add_handle(info, database)
         handle.shown = shown
+        if isinstance(database, MountedDatabase) and info.flags & os.O_ACCMODE == os.O_RDONLY:
+            handle.reader = context_pid()
+            with self._lock:
+                database.only_read = database.only_read + Counter([handle.reader])
         if isinstance(database, ExclusiveDatabase):
             handle.owners.add(context_pid())
         return handle

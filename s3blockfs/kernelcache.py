@@ -12,7 +12,6 @@ Thread rule: any thread; `_lock` protects moments. `inode_of` and `invalidate` w
 `fuse_binding.Mounted`."""
 
 import errno
-import os
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,6 @@ from s3blockfs.database import Database, Plain
 from s3blockfs.exclusive import ExclusiveDatabase
 from s3blockfs.fuse_binding import FileInfo, LookAgain, Operations
 from s3blockfs.locks import Kind, Lock
-from s3blockfs.overlap import MountedDatabase
 from s3blockfs.sidefiles import SideFile
 from s3blockfs.walmode import WalDatabase
 
@@ -89,8 +87,6 @@ class KernelCache:
             # An inode has one page cache, for whichever versions of an object were opened under its name.
             info.direct_io = int(isinstance(database, Plain) or shown.direct)
             database.on_moved = partial(self.invalidate, database)
-            if isinstance(database, MountedDatabase):
-                database.only_read += _only_reads(info)
             if isinstance(database, WalDatabase):
                 database.forget_pages = self.forget_pages
             if isinstance(database, ExclusiveDatabase):
@@ -101,10 +97,8 @@ class KernelCache:
         found = set() if shown.inode is None else self._face.mounted.locks(shown.inode)
         return [Lock(pid, Kind.WRITE if writes else Kind.READ, start, end, pid) for writes, pid, start, end in found]
 
-    def closed(self, database: Database, info: FileInfo) -> None:
+    def closed(self, database: Database) -> None:
         with self._lock:
-            if isinstance(database, MountedDatabase):
-                database.only_read -= _only_reads(info)
             shown = self._shown[database]
             shown.handles -= 1
             if shown.handles == 0:
@@ -160,10 +154,6 @@ class KernelCache:
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTCONN):
                 raise
-
-
-def _only_reads(info: FileInfo) -> bool:
-    return info.flags & os.O_ACCMODE == os.O_RDONLY
 
 
 def _is_lost(database: Database) -> bool:

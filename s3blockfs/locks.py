@@ -134,6 +134,10 @@ class RangeLocks:
                     level = SHARED  # any byte of the range: whoever might read counts
         return level
 
+    def pids(self, owner: Hashable = None) -> set[int]:
+        """The processes that hold something now, for this owner if there is one."""
+        return {lock.pid for lock in self._held if owner in (None, lock.owner)}
+
     def writers(self) -> list[tuple[Hashable, int]]:
         """(owner, pid) of everybody at RESERVED or above."""
         pids = {lock.owner: lock.pid for lock in self._held}

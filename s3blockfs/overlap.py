@@ -4,12 +4,14 @@ Connections of one process share one SHARED lock, and count without a call to th
 for newer states in their place, and new readers are held back until those under way have finished: by a journal that
 is only pretended. SQLite looks for `NAME-journal` before it reads, takes this one for hot, wants EXCLUSIVE to play it
 back, is refused, and lets its SHARED go: that is SQLITE_BUSY, for which `busy_timeout` waits. (`walmode.py` does it by
-the index.) A handle that is open read-only would get SQLITE_READONLY instead: while there is one, nobody is held back.
+the index.) With a handle that is open read-only SQLite would report SQLITE_READONLY instead, so its process is not held
+back, and nobody is if only such processes read.
 
 Invariants: the journal is nowhere but in answers to who asks for its name, and in place of none that is hot; while it
 is pretended no write lock is granted, nor is one held; its one byte is no header, so nothing could be played back."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -28,20 +30,20 @@ class MountedDatabase(Database):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.only_read = 0  # handles that are open for reading only
+        self.only_read: Counter[int] = Counter()  # handles open for reading only, by process; replaced, not changed
         self._pretended: SideFile | None = None
         self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
 
     @property
     def pretended_journal(self) -> SideFile | None:
-        """What is to be shown as the journal, if readers are to be held back."""
+        """What is to be shown as the journal, to processes not in `only_read`, if readers are to be held back."""
         if (pretended := self._pretended) is None or not self._holds_back() or self._journal_is_hot():
             return None
         # Kernels remember that there was none, so the time begins here.
         return pretended if self._hold.holds(self._source.runtime.monotonic()) else None
 
     def _holds_back(self) -> bool:
-        if self._pretended is None or self._behind_s is None or self.only_read:
+        if self._pretended is None or self._behind_s is None:
             return False
         return not self._hold.is_paused(self._source.runtime.monotonic())
 
@@ -64,7 +66,9 @@ class MountedDatabase(Database):
             super()._begin_write(owner)
         except Stale:
             now, since_s = self._source.runtime.monotonic(), self._refused[1] if self._refused else 0.0
-            if not self.only_read or now - since_s < max(2 * self._config.refresh_s, LONG_BEHIND_S):
+            if not self.locks.pids(owner) & self.only_read.keys() or now - since_s < max(
+                2 * self._config.refresh_s, LONG_BEHIND_S
+            ):
                 raise
             # SQLite's own PENDING keeps new readers of this process out: so let it come to that, and refuse EXCLUSIVE.
             self._doomed = owner, now
@@ -97,7 +101,7 @@ class MountedDatabase(Database):
                     self._hold.pause(now)
                 if self._hold.is_paused(now):
                     self._pretended = None
-            elif not (self._hold.is_paused(now) or self.only_read or self.is_writing):
+            elif not (self._hold.is_paused(now) or self.is_writing) and self.locks.pids() - self.only_read.keys():
                 self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
                 if self._is_due(now) and self.size:  # beside an empty file SQLite deletes a journal
                     self._hold.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -255,7 +256,7 @@ def come_to_pending(world: World, pair: tuple[Writer, Writer]) -> Writer:
     the end."""
     first, second = Writer(world, 3, MountedDatabase), pair[1]
     assert isinstance(first.database, MountedDatabase)
-    first.database.only_read = 1
+    first.database.only_read = Counter([first.process.pid])
     first.process.shared()
     second.write(2)
     world.runtime.sleep(LINGER_S)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engine import InlineRuntime, Process, World
-from mounting import Client, Place, SqlError, fresh_name, mounted, shell, sqlite
+from mounting import PATIENCE_S, Client, Place, SqlError, fresh_name, mounted, shell, sqlite
 from scenes import Scene, same, state
 
 from s3blockfs.errors import Busy, CommitLost
@@ -118,7 +120,7 @@ def test_a_long_reader_does_not_keep_other_processes_out(only_read: int) -> None
 
     with World(InlineRuntime()) as world:
         scene = Overlap(world, refresh_s=1)
-        scene.mounted.only_read = only_read
+        scene.mounted.only_read = Counter([1] * only_read)
         other = scene.process(2)
         scene.commit_elsewhere(2)
         assert until(True) <= 5
@@ -139,18 +141,18 @@ def test_the_time_counts_from_the_first_who_meets_it(scene: Overlap) -> None:
     assert HELD_BACK_S - STEP_S <= scene.until(False) <= HELD_BACK_S + STEP_S
 
 
-def test_never_while_somebody_can_only_read(scene: Overlap) -> None:
-    """SQLite would tell it that the database has to be written to. A writer of the same process gets there in the end,
-    by SQLite's own PENDING, and loses that transaction."""
+def test_never_while_only_those_read_that_cannot_write(scene: Overlap) -> None:
+    """SQLite would tell them that the database has to be written to. A writer of the same process gets there in the
+    end, by SQLite's own PENDING, and loses that transaction."""
+    scene.mounted.only_read = Counter([1])
     scene.commit_elsewhere(2)
-    scene.until(True)
-    scene.mounted.only_read += 1
-    assert not scene.is_pretended
+    with pytest.raises(AssertionError, match="pretended: False"):
+        scene.until(True)
     assert is_refused(scene.crowd.reserved)
     scene.wait(LONG_BEHIND_S)
     scene.crowd.reserved()
     assert is_refused(scene.crowd.exclusive)
-    scene.mounted.only_read -= 1
+    scene.mounted.only_read = Counter()
     assert not scene.is_pretended  # in the way of a journal that is going to be written
     scene.wait(LONG_BEHIND_S)
     assert not scene.is_pretended
@@ -161,14 +163,20 @@ def test_never_while_somebody_can_only_read(scene: Overlap) -> None:
     assert same(scene.shown(), state(2))
 
 
-def test_a_writer_waits_for_the_readers_of_its_process(scene: Overlap) -> None:
-    """Busy, never an error, however long; the refusal brings the journal."""
+@pytest.mark.parametrize("another", [False, True])
+def test_a_writer_waits_for_the_readers_of_its_process(scene: Overlap, another: bool) -> None:
+    """Busy, never an error, however long; the refusal brings the journal; also if another process only reads."""
+    scene.mounted.only_read = Counter([2] * another)
+    only_reader = scene.process(2)
+    if another:
+        only_reader.shared()
     scene.commit_elsewhere(2)
     assert is_refused(scene.crowd.reserved)
     assert scene.until(True) <= STEP_S
     for _ in range(50):
         scene.wait(STEP_S)
         assert is_refused(scene.crowd.reserved)
+    only_reader.unlock()
     scene.crowd.unlock()
     scene.crowd.shared()
     scene.crowd.reserved()
@@ -214,20 +222,31 @@ def wait_for(path: Path, there: bool, longest_s: float) -> None:
         time.sleep(0.1)
 
 
+ONLY_READER = """
+import os, sqlite3, sys
+path, journal = sys.argv[1:]
+db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+print(*db.execute("SELECT a FROM t").fetchone(), flush=True)
+input()
+print(os.path.exists(journal))
+"""
+
+
 @pytest.mark.mount
 def test_what_a_mount_shows(mount_bucket: Place, tmp_path: Path) -> None:
-    """A long read: none while a descriptor is read-only; then one that cannot be changed, for which SQLite waits; and
-    none again before the time is over that SQLite's clients wait by default."""
+    """A long read: none to a process with a read-only descriptor; to others one that cannot be changed, for which
+    SQLite waits; and none again before the time is over that SQLite's clients wait by default."""
     place = mount_bucket.inside(fresh_name("overlap"))
     with two_machines(place, tmp_path) as (here, elsewhere), Client(here) as reader:
         journal = here.with_name(here.name + "-journal")
         assert reader("BEGIN", "SELECT a FROM t") == [[1]]
-        with Client(f"file:{here}?mode=ro") as only_reader:
-            assert only_reader("SELECT a FROM t") == [[1]]
+        asks, pipe = [sys.executable, "-c", ONLY_READER, here, journal], subprocess.PIPE
+        with subprocess.Popen(asks, stdin=pipe, stdout=pipe, text=True) as only_reader:
+            assert only_reader.stdout is not None and only_reader.stdout.readline() == "1\n"
             sqlite(elsewhere, "UPDATE t SET a = 2")
-            with pytest.raises(AssertionError, match="there: False"):
-                wait_for(journal, True, LONG_BEHIND_S + LOOK_EVERY_S + 2)
-        wait_for(journal, True, 10)
+            wait_for(journal, True, 10)
+            assert only_reader.communicate("\n", PATIENCE_S)[0] == "False\n"
+            wait_for(journal, True, HELD_BACK_S + PAUSE_S + 2)  # the kernel remembers for a while that there was none
         appears = "import os, sys; os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)"
         assert "busy" in shell(sys.executable, "-c", appears, journal).stderr
         assert "busy" in shell("rm", journal).stderr and "busy" in shell("truncate", "-s", "0", journal).stderr
