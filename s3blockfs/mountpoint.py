@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -10,10 +11,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from s3blockfs.errors import Busy, EnvironmentProblem, UsageError
+
+log = logging.getLogger(__name__)
 
 SUBTYPE = "s3blockfs"  # makes the kernel call our mounts `fuse.s3blockfs`, so that a dead one is known to be ours
 FUSE_DEVICE = "/dev/fuse"
@@ -75,7 +77,7 @@ def _is_dead(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def lifeline(mountpoint: str) -> Iterator[Callable[[], object]]:
+def lifeline(mountpoint: str) -> Iterator[Callable[[], None]]:
     """Around the life of a mount, on a thread that waits for its end; to be called back once it is there. If this
     process is killed meanwhile, another that is started here tells the kernel that the mount is dead.
 
@@ -84,9 +86,19 @@ def lifeline(mountpoint: str) -> Iterator[Callable[[], object]]:
     main = "import sys; sys.path[:] = filter(None, sys.path); from s3blockfs.mountpoint import hold; hold(sys.argv[1])"
     line, nowhere = [sys.executable, "-c", main, mountpoint], subprocess.DEVNULL
     with subprocess.Popen(line, bufsize=0, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/") as child:
+        pipe = child.stdin
+        assert pipe is not None
+
+        def is_mounted() -> None:
+            try:
+                pipe.write(b"\n")
+            except BrokenPipeError:
+                log.warning(
+                    "%s: its second process ended: a daemon that is killed may now leave it hanging", mountpoint
+                )
+
         try:
-            assert child.stdin is not None
-            yield partial(child.stdin.write, b"\n")
+            yield is_mounted
         finally:
             child.kill()
 
