@@ -18,7 +18,7 @@ from s3blockfs.config import KIB, MIB
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
-from s3blockfs.format.head import Head, Segment, encode
+from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.tail import LogCommit, Tail, split_chunks
 from s3blockfs.lease import Lease
 from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_pieces
@@ -96,7 +96,7 @@ class Publisher:
                 self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq or head.deleted:
             # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
-            version = Version(made, SUPERSEDED, encode(made))
+            version = Version(made, SUPERSEDED)
         elif (head.extents, head.leaves, head.segments) != expected:
             return version, None, counter_set
         return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
@@ -129,7 +129,7 @@ class Publisher:
 
 
 def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
-    is_large = len(tail.encoded) >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
+    is_large = tail.encoded_bytes >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
     return is_large or len(tail.commits) >= times * ROLL_COMMITS
 
 

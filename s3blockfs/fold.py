@@ -71,7 +71,9 @@ def fold(
             moved = {block: home for block, home in found.items() if home is not None and home.seq <= last}
             todo = sorted(_touched(log, block_map) | moved.keys())
         extents = _upload(Snapshot(source, version, block_map, log), source, Uploads(source, config, head, last), todo)
-        return heads.swap(version, make)
+        swapped = heads.swap(version, make)
+        source.forget_indexes(folded)
+        return swapped
     except (_Overtaken, DatabaseGone, TooOld):
         return None
 

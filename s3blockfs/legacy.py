@@ -137,7 +137,7 @@ class LegacySnapshot(Snapshot):
         record = Commit(1, name, time_ms, size, 0)
         head = Head(name, 0, 1, name, size, config.block_size, bytes(NONCE_BYTES), "sqlite-s3vfs", time_ms)
         self.head = replace(head, counter=counter, tail=Tail.of([LogCommit(record, ())]))
-        self.version = Version(self.head, "", b"", self)
+        self.version = Version(self.head, "", self)
 
     def read(self, offset: int, length: int) -> bytes:
         end = max(offset, min(offset + length, self._end))

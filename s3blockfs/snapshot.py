@@ -44,8 +44,12 @@ class Version(NamedTuple):
 
     head: Head
     etag: str
-    body: bytes
     snapshot: Snapshot | None = None  # what reads it, where no head is stored: a database of sqlite-s3vfs
+
+    @property
+    def body(self) -> bytes:
+        """Made anew: only archives need it, and of each open database there are several versions."""
+        return head_codec.encode(self.head)
 
 
 class Piece(NamedTuple):
@@ -105,6 +109,12 @@ class Source:
     def remember_index(self, ref: ObjectRef, index: Index) -> None:
         with self._indexes_lock:
             self._indexes[ref] = index
+
+    def forget_indexes(self, segments: Iterable[Segment]) -> None:
+        """Of segments that the head names no more."""
+        with self._indexes_lock:
+            for segment in segments:
+                self._indexes.pop(segment.ref, None)
 
     @contextmanager
     def reading(self, head: Head) -> Iterator[None]:

@@ -66,7 +66,7 @@ def info(database: options.Target, as_json: bool) -> None:
         "floor": head.floor,
         "head_bytes": len(version.body),
         "tail_commits": len(head.tail.commits),
-        "tail_bytes": len(head.tail.encoded),
+        "tail_bytes": head.tail.encoded_bytes,
         "segments": len(head.segments),
         "segment_bytes": sum(segment.length for segment in head.segments),
         "map_leaves": len(head.leaves),

@@ -39,8 +39,9 @@ class Tail:
     """Immutable; `append` and `after` return new ones."""
 
     commits: tuple[LogCommit, ...] = ()
-    encoded: bytes = b""
+    encoded_bytes: int = 0
     raw_bytes: int = 0
+    parts: tuple[bytes, ...] = field(default=(), compare=False, repr=False)  # `append` shares them, and copies none
     _latest: Mapping[tuple[int, int], bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -49,9 +50,10 @@ class Tail:
 
     def append(self, *commits: LogCommit) -> Tail:
         latest = dict(self._latest)
-        encoded = self.encoded + b"".join(_encode(commit, latest) for commit in commits)
+        parts = [_encode(commit, latest) for commit in commits]
+        encoded_bytes = self.encoded_bytes + sum(map(len, parts))
         raw_bytes = self.raw_bytes + sum(len(data) for commit in commits for _, data in commit.chunks)
-        return Tail((*self.commits, *commits), encoded, raw_bytes, latest)
+        return Tail((*self.commits, *commits), encoded_bytes, raw_bytes, (*self.parts, *parts), latest)
 
     def after(self, seq: int) -> Tail:
         """Without the commits up to and including `seq`, which a segment holds now."""
@@ -82,7 +84,7 @@ class Tail:
                     raise DamagedObject(f"{name}: more than {MAX_COMMITS} commits in the tail")
         except struct.error as error:
             raise DamagedObject(f"{name}: the tail ends in mid-record") from error
-        return cls(tuple(commits), encoded, raw_bytes, latest)
+        return cls(tuple(commits), len(encoded), raw_bytes, (encoded,), latest)
 
 
 def split_chunks(offset: int, data: bytes, block_size: int) -> Iterable[tuple[int, bytes]]:
