@@ -80,7 +80,7 @@ def fold(
 
 def _foldable(head: Head) -> tuple[int, set[Segment]]:
     """The last commit before the tail, and the segments that hold nothing newer."""
-    last = head.tail.commits[0].record.seq - 1 if head.tail.commits else head.seq
+    last = head.tail.records[0].seq - 1 if head.tail.records else head.seq
     return last, {segment for segment in head.segments if segment.last_seq <= last}
 
 

@@ -215,7 +215,7 @@ class HeadFile:
                 continue
             if known.seq == seq:
                 return known.commit
-            ids = {commit.record.seq: commit.record.id for commit in known.tail.commits}
+            ids = {record.seq: record.id for record in known.tail.records}
             for segment in known.segments:
                 if seq not in ids and segment.first_seq <= seq <= segment.last_seq:
                     index = fetch_index(self._store, self.prefix, segment, "settle")

@@ -210,7 +210,7 @@ def stale_keys(store: ObjectStore, prefix: str) -> list[str]:
 
 def report_stale(source: Source, head: Head) -> None:
     """To the log. Asks the store only for one that was converted, as the first commit in its tail still shows."""
-    converted = head.rev and [commit.record.id for commit in head.tail.commits[:1]] == [head.id]
+    converted = head.rev and [record.id for record in head.tail.records[:1]] == [head.id]
     if converted and exists(source.store, source.prefix):
         key = source.name_of(f"{source.prefix}/{0:010d}")
         log.warning("%s: left or written by sqlite-s3vfs beside the converted database; it counts for nothing", key)

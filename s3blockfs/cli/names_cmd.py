@@ -65,7 +65,7 @@ def info(database: options.Target, as_json: bool) -> None:
         "snapshots": [snapshot.label for snapshot in head.snapshots],
         "floor": head.floor,
         "head_bytes": len(version.body),
-        "tail_commits": len(head.tail.commits),
+        "tail_commits": len(head.tail.records),
         "tail_bytes": head.tail.encoded_bytes,
         "segments": len(head.segments),
         "segment_bytes": sum(segment.length for segment in head.segments),
