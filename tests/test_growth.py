@@ -135,6 +135,28 @@ def test_a_thousand_databases_open_at_once(
     assert after.memory_bytes <= kept_bytes
 
 
+HOLES = """
+import ctypes, os
+from s3blockfs.fuse_binding import trim
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = [libc.malloc(100_000) for _ in range(400)]
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+for block in blocks[::2]:
+    libc.free(ctypes.c_void_p(block))
+pages = lambda: int(open("/proc/self/statm").read().split()[1])
+before = pages()
+trim()
+print((before - pages()) * os.sysconf("SC_PAGE_SIZE"))
+"""
+
+
+def test_holes_are_given_back() -> None:
+    """20 MB between blocks that are in use, less the pages at the edges."""
+    assert int(shell(sys.executable, "-c", HOLES).stdout) > 18_000_000
+
+
 # --- the program --------------------------------------------------------------------------------------------
 
 MODES = "DELETE", "TRUNCATE", "PERSIST", "MEMORY", "OFF", "WAL"
