@@ -18,7 +18,7 @@ from s3blockfs.config import KIB, MIB
 from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
-from s3blockfs.format.head import Head, Segment, encode
+from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.tail import LogCommit, Tail, split_chunks
 from s3blockfs.lease import Lease
 from s3blockfs.snapshot import Snapshot, Source, Version, segment_pieces, tail_pieces
@@ -90,13 +90,13 @@ class Publisher:
         self._lease.committed(version.head)
         metrics.COMMITS.inc()
         head, expected = version.head, (made.extents, made.leaves, (*base.head.segments, *segments))
-        roll_bytes = ROLL_BYTES if len(head.tail.commits) > FEW_COMMITS else 2 * ROLL_BYTES
+        roll_bytes = ROLL_BYTES if len(head.tail.records) > FEW_COMMITS else 2 * ROLL_BYTES
         if self._rolling is None and (_is_beyond(head.tail, roll_bytes, 1) or _holds_up_a_fold(head)):
             with suppress(RuntimeError):  # no more threads: a later commit tries again, this one is durable already
                 self._rolling = source.runtime.submit(partial(self._roll, head))
         if head.seq > seq or head.deleted:
             # Others went on already, and our readers may be in mid-transaction: show our own commit until a refresh.
-            version = Version(made, SUPERSEDED, encode(made))
+            version = Version(made, SUPERSEDED)
         elif (head.extents, head.leaves, head.segments) != expected:
             return version, None, counter_set
         return version, base.advance(version, logged.record, [*pieces, *tail_pieces(logged)], encoded.map), counter_set
@@ -112,15 +112,14 @@ class Publisher:
             rolled = self._roll(replaced)
         if rolled is not None and rolled[0].ref.rev > replaced.floor:
             segment, records = rolled
-            if tuple(commit.record for commit in replaced.tail.commits[: len(records)]) == records:
+            if replaced.tail.records[: len(records)] == records:
                 return replaced.tail.after(records[-1].seq), (*replaced.segments, segment)
         return replaced.tail, replaced.segments
 
     def _roll(self, head: Head) -> tuple[Segment, tuple[Commit, ...]]:
         """Upload the commits of the tail as one segment: each stays separate, so every one can still be opened."""
-        commits, size = head.tail.commits, head.block_size
-        records = tuple(commit.record for commit in commits)
-        frames = [(at, commit.record.seq, data) for commit in commits for at, data in _joined(commit.chunks, size)]
+        records, size = head.tail.records, head.block_size
+        frames = [(at, commit.seq, data) for commit, rows in head.tail.commits for at, data in _joined(rows, size)]
         segment, built = build_segment(self._source, head.rev, frames, records)
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
         for entry, (_, _, data) in zip(built.entries, frames, strict=True):
@@ -129,12 +128,12 @@ class Publisher:
 
 
 def _is_beyond(tail: Tail, encoded_bytes: int, times: int) -> bool:
-    is_large = len(tail.encoded) >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
-    return is_large or len(tail.commits) >= times * ROLL_COMMITS
+    is_large = tail.encoded_bytes >= encoded_bytes or tail.raw_bytes >= times * ROLL_RAW_BYTES
+    return is_large or len(tail.records) >= times * ROLL_COMMITS
 
 
 def _holds_up_a_fold(head: Head) -> bool:
-    first = [commit.record.seq for commit in head.tail.commits[:1]]
+    first = [record.seq for record in head.tail.records[:1]]
     return bool(first) and sum(segment.first_seq >= first[0] for segment in head.segments) >= ROLL_SEGMENTS
 
 

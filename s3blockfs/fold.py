@@ -71,14 +71,16 @@ def fold(
             moved = {block: home for block, home in found.items() if home is not None and home.seq <= last}
             todo = sorted(_touched(log, block_map) | moved.keys())
         extents = _upload(Snapshot(source, version, block_map, log), source, Uploads(source, config, head, last), todo)
-        return heads.swap(version, make)
+        swapped = heads.swap(version, make)
+        source.forget_indexes(folded)
+        return swapped
     except (_Overtaken, DatabaseGone, TooOld):
         return None
 
 
 def _foldable(head: Head) -> tuple[int, set[Segment]]:
     """The last commit before the tail, and the segments that hold nothing newer."""
-    last = head.tail.commits[0].record.seq - 1 if head.tail.commits else head.seq
+    last = head.tail.records[0].seq - 1 if head.tail.records else head.seq
     return last, {segment for segment in head.segments if segment.last_seq <= last}
 
 

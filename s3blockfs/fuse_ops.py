@@ -21,7 +21,7 @@ from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
 from s3blockfs.exclusive import ExclusiveDatabase
-from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread, trim
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
@@ -35,6 +35,7 @@ from s3blockfs.walmode import WalDatabase
 
 log = logging.getLogger(__name__)
 
+TRIM_EVERY_S = 30.0  # takes milliseconds
 QUIESCE_S = 5.0  # how long a daemon that was asked to end waits for write transactions of applications
 
 
@@ -91,6 +92,7 @@ class FileSystem(Operations):
             left_s -= 0.05
 
     def init(self) -> None:
+        self._runtime.every(TRIM_EVERY_S, trim)
         threading.Thread(target=self._announce, name="s3blockfs-ready", daemon=True).start()
 
     def destroy(self) -> None:

@@ -215,7 +215,7 @@ class HeadFile:
                 continue
             if known.seq == seq:
                 return known.commit
-            ids = {commit.record.seq: commit.record.id for commit in known.tail.commits}
+            ids = {record.seq: record.id for record in known.tail.records}
             for segment in known.segments:
                 if seq not in ids and segment.first_seq <= seq <= segment.last_seq:
                     index = fetch_index(self._store, self.prefix, segment, "settle")
@@ -236,7 +236,7 @@ class HeadFile:
     def _put(self, replaced: Version | None, head: Head) -> Version:
         before, condition, body = self.latest, None if replaced is None else replaced.etag, encode(head)
         etag = self._store.put(self._key, body, site="swap", if_match=condition, if_absent=condition is None)
-        made = Version(head, etag, body)
+        made = Version(head, etag)
         self._seen(before, made)
         return made
 
@@ -249,7 +249,7 @@ class HeadFile:
             return self.latest
 
     def _version(self, found: StoredObject) -> Version:
-        return Version(decode(found.body, self._name), found.etag, found.body)
+        return Version(decode(found.body, self._name), found.etag)
 
     def _nonce(self) -> bytes:
         return self._runtime.token(NONCE_BYTES)

@@ -81,7 +81,7 @@ def archived(source: Source, key: str) -> Version:
     head = decode(found.body, source.name_of(key))
     if key != archive_key(source.prefix, head.rev, head.nonce):
         raise errors.DamagedObject(f"{source.name_of(key)}: not the head that its name says")
-    return Version(head, found.etag, found.body)
+    return Version(head, found.etag)
 
 
 def keep(source: Source, heads: HeadFile, version: Version, label: str) -> None:

@@ -137,7 +137,7 @@ class LegacySnapshot(Snapshot):
         record = Commit(1, name, time_ms, size, 0)
         head = Head(name, 0, 1, name, size, config.block_size, bytes(NONCE_BYTES), "sqlite-s3vfs", time_ms)
         self.head = replace(head, counter=counter, tail=Tail.of([LogCommit(record, ())]))
-        self.version = Version(self.head, "", b"", self)
+        self.version = Version(self.head, "", self)
 
     def read(self, offset: int, length: int) -> bytes:
         end = max(offset, min(offset + length, self._end))
@@ -210,7 +210,7 @@ def stale_keys(store: ObjectStore, prefix: str) -> list[str]:
 
 def report_stale(source: Source, head: Head) -> None:
     """To the log. Asks the store only for one that was converted, as the first commit in its tail still shows."""
-    converted = head.rev and [commit.record.id for commit in head.tail.commits[:1]] == [head.id]
+    converted = head.rev and [record.id for record in head.tail.records[:1]] == [head.id]
     if converted and exists(source.store, source.prefix):
         key = source.name_of(f"{source.prefix}/{0:010d}")
         log.warning("%s: left or written by sqlite-s3vfs beside the converted database; it counts for nothing", key)

@@ -57,7 +57,7 @@ class ObjectSnapshot(Snapshot):
         name = hashlib.blake2b(f"{source.prefix}\0{found.etag}".encode(), digest_size=COMMIT_ID_BYTES).digest()
         time_ms = int(found.modified_s * 1000)
         self.head = Head(name, 0, 1, name, found.size_bytes, BLOCK_BYTES, bytes(NONCE_BYTES), "", time_ms)
-        self.version = Version(self.head, found.etag, b"", self)
+        self.version = Version(self.head, found.etag, self)
 
     def read(self, offset: int, length: int) -> bytes:
         """Raises ObjectReplaced, StoreError."""

@@ -44,8 +44,12 @@ class Version(NamedTuple):
 
     head: Head
     etag: str
-    body: bytes
     snapshot: Snapshot | None = None  # what reads it, where no head is stored: a database of sqlite-s3vfs
+
+    @property
+    def body(self) -> bytes:
+        """Made anew: only archives need it, and of each open database there are several versions."""
+        return head_codec.encode(self.head)
 
 
 class Piece(NamedTuple):
@@ -106,6 +110,12 @@ class Source:
         with self._indexes_lock:
             self._indexes[ref] = index
 
+    def forget_indexes(self, segments: Iterable[Segment]) -> None:
+        """Of segments that the head names no more."""
+        with self._indexes_lock:
+            for segment in segments:
+                self._indexes.pop(segment.ref, None)
+
     @contextmanager
     def reading(self, head: Head) -> Iterator[None]:
         """An object that `head` needs is missing: TooOld if a collector may have deleted it by now."""
@@ -143,7 +153,7 @@ class Snapshot:
             return version.snapshot
         head = version.head
         with source.reading(head):
-            records, pieces = read_log(source, head)
+            records, pieces = read_log(source, head, whole=at is not None and at != head.seq)
             block_map = BlockMap.of(head.extents, head.leaves, source.load_leaf)
             if at is not None and at != head.seq:
                 if at not in records:
@@ -327,8 +337,9 @@ class Log:
         self.cuts = (*(earlier for earlier in self.cuts if earlier.at < cut.at), cut)
 
 
-def read_log(source: Source, head: Head) -> tuple[dict[int, Commit], _Pieces]:
-    """The records and the bytes of all commits in the log, by seq."""
+def read_log(source: Source, head: Head, whole: bool = False) -> tuple[dict[int, Commit], _Pieces]:
+    """The records and the bytes of all commits in the log, by seq; unless `whole` of a chunk of the tail only the last
+    version, which covers the others."""
     records: dict[int, Commit] = {}
     pieces: defaultdict[int, list[Piece]] = defaultdict(list)
     indexes = all_of(source.runtime, [partial(source.load_index, segment) for segment in head.segments])
@@ -338,9 +349,13 @@ def read_log(source: Source, head: Head) -> tuple[dict[int, Commit], _Pieces]:
         for piece in segment_pieces(segment.ref, index.extents):
             if piece.seq in seqs:
                 pieces[piece.seq].append(piece)
-    for commit in head.tail.commits:
-        records[commit.record.seq] = commit.record
-        pieces[commit.record.seq] += tail_pieces(commit)
+    records.update((record.seq, record) for record in head.tail.records)
+    if whole:
+        for commit in head.tail.commits:
+            pieces[commit.record.seq] += tail_pieces(commit)
+    else:
+        for (offset, length), (seq, data) in head.tail.latest.items():
+            pieces[seq].append(Piece(offset, offset + length, seq, data, offset))
     return records, pieces
 
 

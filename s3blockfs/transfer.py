@@ -77,7 +77,7 @@ def put_state(state: Snapshot, origin: Source, place: Place, writer: str, commit
         seq = max(state.head.seq, 0 if replaced is None else replaced.seq) + 1
         time_ms = int(store.server_time_s() * 1000)
         record = Commit(seq, commit_id, time_ms, state.head.size, state.head.size)
-        tail = Tail.of(state.head.tail.commits).append(LogCommit(record, tuple(patches)))
+        tail = state.head.tail.append(LogCommit(record, tuple(patches)))
         head = replace(state.head, id=database_id, seq=seq, commit=commit_id, writer=writer, time_ms=time_ms)
         head = replace(head, name=place.name, floor=floor, snapshots=snapshots, counter=counter, lease=None)
         return replace(head, segments=segments, extents=encoded.extents, leaves=encoded.leaves, tail=tail)

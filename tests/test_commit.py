@@ -201,7 +201,7 @@ def test_the_tail_is_rolled_in_the_background(world: World, monkeypatch: pytest.
     body = world.store.inner.get(segment.ref.key(PREFIX), site="test").body
     _, index = decode_object(body, segment.ref, "segment")
     assert [record.seq for record in index.commits] == list(range(1, first_in_tail))
-    assert len(head.tail.encoded) < len(body)
+    assert head.tail.encoded_bytes < len(body)
     assert world.content() == database.read(0, 10**6) == noise_file(count)
 
 
@@ -218,7 +218,7 @@ def test_the_tail_has_a_hard_cap(world: World, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(StoreUnavailable, match="no rolls"):
         commit_noise(database, 20)
     published = len(world.content()) // 3000
-    assert len(head_of(world).tail.encoded) >= commit.FULL_TAIL_BYTES > 3000 * (published - 1)
+    assert head_of(world).tail.encoded_bytes >= commit.FULL_TAIL_BYTES > 3000 * (published - 1)
     assert world.content() == noise_file(published)
     world.store.rule = None
     commit_noise(database, 3, published)

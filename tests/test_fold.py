@@ -93,14 +93,23 @@ def test_folding_twice_does_nothing(world: World) -> None:
 def test_the_log_of_a_fold_is_dropped_and_the_state_before_it_archived(world: World) -> None:
     """One archive, one swap, one object for each 4 MiB of touched blocks; nothing is deleted."""
     story = folded_story(world)
-    before = story.version()
+    before, body = story.version(), world.store.inner.get(f"{PREFIX}/head", site="test").body
     world.store.calls.clear()
     assert story.fold(before) is not None
     sites = [call.site for call in world.store.calls if call.operation == "PUT"]
     assert (sites.count("archive"), sites.count("swap")) == (1, 1)
     assert world.store.count("DELETE") == 0
     archives = [entry.key for entry in world.store.inner.list(f"{PREFIX}/archive/", site="test")]
-    assert before.body in [world.store.inner.get(key, site="test").body for key in archives]
+    assert body in [world.store.inner.get(key, site="test").body for key in archives]
+
+
+def test_indexes_of_what_was_folded_are_forgotten(world: World) -> None:
+    """Those of the log that goes on are not: a reader of the new head asks for none of them."""
+    story = folded_story(world)
+    source, version = story.source, story.version()
+    assert {*Snapshot.load(source, version).head.segments} > {*waiting(version.head)} != set()
+    made = fold(source, story.heads(), CONFIG, version)
+    assert made is not None and {*source._indexes} == {segment.ref for segment in made.head.segments} != set()
 
 
 def test_a_fold_that_fails_changes_nothing(world: World) -> None:

@@ -158,9 +158,9 @@ def encode(head: Head) -> bytes:
     fields = {_IN_JSON.get(name, name): getattr(head, name) for name in _FIELDS}
     fields["lease"] = head.lease and (*head.lease[:3], *head.lease.waiting)
     fields["segments"] = [(segment.ref.encode(), *segment[1:]) for segment in head.segments]
-    fields = {"format": FORMAT, **fields, "map_bytes": len(inline), "tail_bytes": len(head.tail.encoded)}
+    fields = {"format": FORMAT, **fields, "map_bytes": len(inline), "tail_bytes": head.tail.encoded_bytes}
     line = json.dumps(fields, ensure_ascii=True, separators=(",", ":"), default=bytes.hex).encode("ascii") + b"\n"
-    body = b"".join((line, inline, head.tail.encoded))
+    body = b"".join((line, inline, *head.tail.parts))
     if len(line) > MAX_LINE_BYTES or len(body) + _TRAILER.size > MAX_HEAD_BYTES:
         raise NotSupported("this database has outgrown its head; nothing was changed, copy it under another name")
     return body + _TRAILER.pack(_MAGIC, zlib.crc32(body, zlib.crc32(_MAGIC)))

@@ -26,7 +26,7 @@ def acknowledges_early() -> None:
 
         later.submit(written)
         body = codec.encode(head)
-        heads.latest = Version(head, f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"', body)
+        heads.latest = Version(head, f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"')
         return heads.latest
 
     HeadFile._put = put  # type: ignore[method-assign]

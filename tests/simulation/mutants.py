@@ -78,8 +78,8 @@ MUTANTS = {
     ),
     "a folder deletes its failed uploads": Mutant(
         "fold",
-        "return heads.swap(version, make)",
-        "try:\n            return heads.swap(version, make)\n        except Exception:\n"
+        "swapped = heads.swap(version, make)",
+        "try:\n            swapped = heads.swap(version, make)\n        except Exception:\n"
         "            source.store.delete([e.ref.key(source.prefix) for e in extents], site='mutant')\n"
         "            raise",
         "client-a,client-b,fold",

@@ -163,12 +163,12 @@ class Oracle:
         same = before is not None and (before.id, before.commit, before.deleted) == (head.id, head.commit, head.deleted)
         if same:
             known = self.states.get((prefix, head.id, head.commit))
-            if known is not None and not head.deleted and known.content != self.read(prefix, head, new):
+            if known is not None and not head.deleted and known.content != self.read(prefix, head):
                 raise Violation(f"I4: {prefix}: commit {head.seq} has other bytes after a swap that was no commit")
         elif head.deleted:
             self._buried(prefix, head)
         else:
-            self._committed(prefix, before, head, new)
+            self._committed(prefix, before, head)
 
     def _check_succession(self, prefix: str, before: Head | None, head: Head, body: bytes) -> None:
         if body in self._bodies:
@@ -181,8 +181,8 @@ class Oracle:
         if (head.commit == before.commit) != (head.seq == before.seq) or head.seq < before.seq:
             raise Violation(f"I1: {prefix}: seq {before.seq}, {head.seq}")
 
-    def _committed(self, prefix: str, before: Head | None, head: Head, body: bytes) -> None:
-        content = self.read(prefix, head, body)
+    def _committed(self, prefix: str, before: Head | None, head: Head) -> None:
+        content = self.read(prefix, head)
         key, history = (prefix, head.id, head.commit), self.history[prefix]
         if key in self.states:
             raise Violation(f"{prefix}: commit {head.seq} was applied again over others")
@@ -228,11 +228,11 @@ class Oracle:
 
     # --- looking into the store without asking it -------------------------------------------------------
 
-    def read(self, prefix: str, head: Head, body: bytes) -> bytes:
+    def read(self, prefix: str, head: Head) -> bytes:
         """All bytes of a state, by a reader that knows nothing. Damage here is a violation, too."""
         try:
             source = self.source(prefix)
-            return Snapshot.load(source, Version(head, "", body)).read(0, head.size)
+            return Snapshot.load(source, Version(head, "")).read(0, head.size)
         except errors.S3BlockFSError as error:
             raise Violation(f"I2: {prefix}: commit {head.seq} cannot be read: {error}") from error
 
