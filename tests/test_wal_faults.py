@@ -298,7 +298,7 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
             connection.append(before[1], log, sync=True)
         world.store.rule = None
         with pytest.raises(OSError, match="a commit failed"):
-            connection.database.log_sync(1)  # its next checkpoint
+            connection.database.log_sync(1, 1)  # its next checkpoint
         with pytest.raises(OSError, match="a commit failed"):
             connection.database.log_write(len(before[1]))
         wait(connection)
@@ -345,3 +345,45 @@ def test_writer_that_recovered_the_index_outwaits_the_lease_of_a_machine_that_di
             assert world.runtime.monotonic() - since_s >= 10.0
             assert tries < 40, "not before the lease ended, or too often"
             assert connection.database._lease.is_held
+
+
+def test_checkpoint_that_fails_takes_nothing_from_a_writer_of_its_process() -> None:
+    """Another thread's frames look committed before it has told the index, and it may never sync them."""
+
+    def rule(call: Call, when: str) -> None:
+        raise StoreUnavailable("outage")
+
+    with connected(sync=False) as (world, connection):
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            before = connection.files()
+            (_, log), new = ran(before, insert(2, 1, 100))
+            connection.append(before[1], log, sync=False)
+            world.store.rule = rule
+            with connection.locked(Kind.WRITE, CHECKPOINT, thread=2), pytest.raises(StoreUnavailable):
+                connection.database.log_sync(1, 2)
+            world.store.rule = None
+        assert connection.files()[1] == log
+        wait(connection)
+        assert elsewhere(world) == new == connection.rows()
+
+
+def test_end_of_an_exclusive_session_keeps_the_lease_until_all_is_published() -> None:
+    """With synchronous=NORMAL, and locking_mode=NORMAL again: others must not come in between."""
+    with connected(sync=True) as (world, connection):
+        with connection.locked(Kind.READ, MY_READ):
+            connection.process.exclusive()
+        before = connection.files()
+        (_, log), new = ran(before, insert(2, 1, 100))
+        connection.append(before[1], log, sync=False)
+        connection.process.unlock()
+        connection.process.shared()
+        world.runtime.sleep(0.7)
+        connection.machine.tick()
+        there = Connection(wal_machine(world))
+        with pytest.raises(Busy):
+            there.commit(insert(3, 1, 100), sync=True)
+        wait(connection)
+        assert elsewhere(world) == new == connection.rows()
+        world.runtime.sleep(2)
+        connection.machine.tick()
+        there.commit(insert(3, 1, 100), sync=True)
