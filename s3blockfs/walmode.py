@@ -170,7 +170,7 @@ class WalDatabase(MountedDatabase):
         reads, holds = reads and end <= LAST_READ, self.index_locks.holds
         shares, checks = holds(owner, FIRST_READ, LAST_READ), holds(owner, CHECKPOINT, CHECKPOINT)
         held = writes and not shares and self._writer() is not None  # so it is not known what this is for
-        begins = writes and (shares or (not held and not checks and self._has_index()))
+        begins = writes and (shares or (not held and not checks and wal.has_index(self._index_header())))
         if begins and self._header is None:
             self._lease.ask(owner)
         with self._gate:
@@ -198,8 +198,7 @@ class WalDatabase(MountedDatabase):
         with self._gate:
             ends = start <= WRITE <= end and (writer := self._writer()) is not None and writer.owner == owner
             if ends:
-                if not self._broken:
-                    self._scan()  # nobody syncs them: they are published soon
+                self._scan()  # nobody syncs them: they are published soon
                 self._broken = self._begun = False
             self.index_locks.unlock(owner, start, end)
             if ends:
@@ -210,22 +209,25 @@ class WalDatabase(MountedDatabase):
         if (writer := self._writer()) is None or writer.owner != owner:
             return
         with self._gate, self._changing():
+            if wal.indexed(self._index_header()) > (self._pending.end.frames if self._pending.end else 0):
+                self._scan()  # others may have read it
             self._cut(self._pending.end)
             self._spoil_index()  # it may not know what the last sync has published
 
     def _writer(self) -> Any:
         return self.index_locks.test(None, Kind.READ, WRITE, WRITE)
 
-    def _has_index(self) -> bool:
-        """Whether SQLite will find a header of the index. Nobody is writing."""
-        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
-            self.forget_pages(index)
-        return index is not None and wal.has_index(index.read(0, wal.INDEX_HEADERS_BYTES))
+    def _index_header(self) -> bytes:
+        """As SQLite will find it. Nobody is writing."""
+        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is None:
+            return b""
+        self.forget_pages(index)
+        return index.read(0, wal.INDEX_HEADERS_BYTES)
 
     def _is_unbegun(self, owner: Hashable, thread: int | None = None) -> bool:
         """Whether it (by this thread: others may only read meanwhile) has the write lock, and no transaction yet."""
-        held = None if self._begun else self._writer()
-        return held is not None and held.owner == owner and thread in (None, self._threads.get(WRITE))
+        writes = not self._begun and self.index_locks.holds(owner, WRITE, WRITE)
+        return writes and thread in (None, self._threads.get(WRITE))
 
     def _begin_write_in_log(self, owner: Hashable) -> None:
         self._require_writable()
@@ -269,8 +271,7 @@ class WalDatabase(MountedDatabase):
                 return
             self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
             if self._header is None and self._is_due(now):
-                self.forget_pages(index)
-                self._header = index.read(0, wal.INDEX_HEADERS_BYTES), now
+                self._header = self._index_header(), now
                 self._write_index(index, bytes(wal.INDEX_HEADERS_BYTES))
 
     # --- the log ---------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ class WalDatabase(MountedDatabase):
     def _scan(self) -> bool:
         """Find what was committed since the last time; whether there was anything."""
         file = self._log()
-        return file is not None and self.is_logged and self._pending.scan(file)
+        return file is not None and self.is_logged and not self._broken and self._pending.scan(file)
 
     def _flush(self, ends: bool = False) -> None:
         """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
@@ -419,8 +420,7 @@ class WalDatabase(MountedDatabase):
 
     def tick(self) -> None:
         super().tick()
-        now = self._source.runtime.monotonic()
-        since_s = self._pending.since_s
+        now, since_s = self._source.runtime.monotonic(), self._pending.since_s
         if since_s is None and self.is_logged and self._is_exclusive() and not self._broken:
             since_s = self._pending.since_s = now  # there may be something that no lock tells of
         if since_s is not None and now - since_s >= self._config.group_commit_s:

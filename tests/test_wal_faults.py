@@ -4,13 +4,28 @@ What a connection does is in `walclient.py`."""
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from engine import Call, Delayed, InlineRuntime, World, shrink_limits
-from walclient import MY_READ, NAME, Connection, elsewhere, first, insert, make, ran, wait, wal_machine, when_settled
+from walclient import (
+    FRAME,
+    MY_READ,
+    NAME,
+    Connection,
+    elsewhere,
+    first,
+    insert,
+    make,
+    ran,
+    wait,
+    wal_machine,
+    when_settled,
+)
 
+from s3blockfs import wal
 from s3blockfs.errors import Busy, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import Kind
 from s3blockfs.walmode import CHECKPOINT, WRITE
@@ -387,3 +402,22 @@ def test_end_of_an_exclusive_session_keeps_the_lease_until_all_is_published() ->
         world.runtime.sleep(2)
         connection.machine.tick()
         there.commit(insert(3, 1, 100), sync=True)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_writer_that_died_right_after_its_commit_keeps_it(told: bool) -> None:
+    """Others may read it as soon as the index tells of it: then its frames must not be overwritten."""
+    with connected(sync=False) as (world, connection):
+        old = connection.rows()
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            before = connection.files()
+            (_, log), new = ran(before, insert(2, 1, 100))
+            connection.append(before[1], log, sync=False)
+            one = bytearray(wal.empty_index(log[16:24])[: wal.INDEX_HEADERS_BYTES // 2])
+            one[16:20] = ((len(log if told else before[1]) - wal.HEADER_BYTES) // FRAME).to_bytes(4, sys.byteorder)
+            connection.machine.side_files.create(f"{NAME}-shm").write(0, bytes(one) * 2)
+            connection.database.index_closes(connection.process)
+        kept = new if told else old
+        assert connection.rows() == kept
+        wait(connection)
+        assert elsewhere(world) == kept
