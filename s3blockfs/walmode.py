@@ -425,11 +425,9 @@ class WalDatabase(MountedDatabase):
             since_s = self._pending.since_s = now  # there may be something that no lock tells of
         if since_s is not None and now - since_s >= self._config.group_commit_s:
             self._pending.since_s = now
-            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
-                self._source.runtime.submit(self._flush_soon)
+            self._soon(self._flush_soon)
         if self.is_logged and not list(self.locks):
-            with contextlib.suppress(RuntimeError):
-                self._source.runtime.submit(self.tidy)
+            self._soon(self.tidy)
 
     def _flush_soon(self) -> None:
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from engine import Call, Delayed, InlineRuntime, World, shrink_limits
+from engine import Call, Delayed, InlineRuntime, ManualRuntime, World, shrink_limits
+from memory_fs import until
 from walclient import (
     FRAME,
     MY_READ,
@@ -421,3 +423,34 @@ def test_writer_that_died_right_after_its_commit_keeps_it(told: bool) -> None:
         assert connection.rows() == kept
         wait(connection)
         assert elsewhere(world) == kept
+
+
+def test_what_waits_for_a_slow_publish_leaves_it_threads_to_upload_with() -> None:
+    """The ticker goes on meanwhile. That of a large transaction took longer than it takes to have them all waiting."""
+    with World(ManualRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 400, 900), sync=False)
+        new = connection.rows()
+        connection.process.close()  # it died
+        with connection.database._gate:
+            for _ in range(8):
+                machine.tick()
+        until(lambda: not connection.database.is_logged, 10)
+        assert elsewhere(world) == new
+
+
+def test_large_commit_needs_no_thread_that_waits_for_it() -> None:
+    """As those do that publish the same database in the background."""
+    with World(ManualRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection, done = Connection(machine), threading.Event()
+        try:
+            for _ in range(4):
+                world.runtime.submit(done.wait)
+            connection.commit(insert(1, 400, 900), sync=True)
+        finally:
+            done.set()
+        assert elsewhere(world) == connection.rows()
