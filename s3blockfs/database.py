@@ -296,10 +296,14 @@ class Database(State):
     def _after_change(self, owner: Hashable, before: Level) -> None:
         if before < Level.RESERVED or self.locks.level(owner) >= Level.RESERVED:
             return
-        self._lease.done(self)
+        self._give_lease()
         if self._discarding == owner:
             with self._changing():
                 self._end_discard(remove_journal=True)
+
+    def _give_lease(self) -> None:
+        """To whoever wants it, soon: no write transaction is open."""
+        self._lease.done(self)
 
     def refresh(self, max_age_s: float) -> None:
         """Look for a newer head if the last look is older than this, and move to it if nobody is in a transaction."""

@@ -278,7 +278,7 @@ class FileSystem(Operations):
             self._kernel.inode_of(database)
             self._durably(handle, database, lambda: database.sync(context_pid(), self._commits))
         elif (logged := self._log_of(database)) is not None:
-            logged.log_sync(context_pid())
+            logged.log_sync(context_pid(), context_thread())
 
     def fsyncdir(self, path: str | None, datasync: int, handle: int) -> None:
         """Unlinking and creating are durable when they return."""

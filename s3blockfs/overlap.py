@@ -89,8 +89,7 @@ class MountedDatabase(Database):
     def tick(self) -> None:
         super().tick()
         if self._is_read(None) and self._source.runtime.monotonic() - self.checked_s >= self._config.refresh_s:
-            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
-                self._source.runtime.submit(self._hold_back)
+            self._soon(self._hold_back)
 
     def _hold_back(self) -> None:
         """Begin or end that, if it is time."""

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 from s3blockfs.config import Config
 from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError, TooOld
@@ -36,6 +37,7 @@ class State:
         self._doubt: Doubt | None = None
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
+        self._job: Future[None] | None = None
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
@@ -186,6 +188,12 @@ class State:
                 self._adopt(version, None)
             self._doubt = None
             self._fail(remove_journal=True)
+
+    def _soon(self, job: Callable[[], None]) -> None:
+        """For the ticker: on an I/O thread, unless that of the last time goes on, for which it would mostly wait."""
+        if self._job is None or self._job.done():
+            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
+                self._job = self._source.runtime.submit(job)
 
     def tidy(self) -> None:
         """Publish and forget a log that nobody has open any more, if there is one."""

@@ -27,7 +27,7 @@ class Uploads:
     def __init__(self, source: Source, config: Config, base: Head, seq: int) -> None:
         """They are named after the head `base`; their bytes are complete to `seq`."""
         self._source, self._rev, self._seq, self._block_size = source, base.rev, seq, base.block_size
-        self._pending: deque[tuple[Future[str], ObjectRef, bool]] = deque()
+        self._pending: deque[tuple[Future[str], partial[str], ObjectRef, bool]] = deque()
         self.patience_s = config.transaction_deadline_s  # megabytes need longer than a small request
         self._most = max(1, min(config.memory // OBJECT_BYTES, IO_THREADS // 4))  # the rest is for other databases
         self.deadline: float | None = None  # set by the commit: when everything has to be stored
@@ -78,12 +78,15 @@ class Uploads:
             self._reap()
         key, store = ref.key(self._source.prefix), self._source.store
         put = partial(store.put, key, body, site="data", timeout_s=self._left_s())
-        self._pending.append((self._source.runtime.submit(put), ref, ahead))
+        self._pending.append((self._source.runtime.submit(put), put, ref, ahead))
 
     def _reap(self) -> None:
-        future, ref, ahead = self._pending.popleft()
+        future, put, ref, ahead = self._pending.popleft()
         try:
-            future.result(self._left_s())
+            if future.cancel():  # all I/O threads are taken, perhaps by those who wait for this one
+                put(timeout_s=self._left_s())
+            else:
+                future.result(self._left_s())
         except (StoreError, FutureTimeout) as error:
             future.cancel()
             if not ahead:

@@ -6,6 +6,7 @@ only in a chain: the header's salts, and a checksum that continues that of the f
 the transaction it is in, so only what stands when that transaction ends says anything."""
 
 import struct
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ def has_index(headers: bytes) -> bool:
     """Whether these are two good headers of an index, by all that a writer that died in between may have left."""
     half = INDEX_HEADERS_BYTES // 2
     return any(headers) and headers[:half] == headers[half:]
+
+
+def indexed(headers: bytes) -> int:
+    """How many frames SQLite reads by these: what it has committed, or may be about to say so."""
+    return int.from_bytes(headers[16:20], sys.byteorder) if has_index(headers) else 0
 
 
 def checksum(words: str, data: bytes, sums: Sums = (0, 0)) -> Sums:

@@ -49,7 +49,7 @@ class WalDatabase(MountedDatabase):
         self._doubtful: wal.Position | None = None  # the end of what was published last, or not: see `_doubt`
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
-        self._begun, self._thread = False, 0  # who has the write lock writes; which of its threads took it
+        self._begun, self._threads = False, dict[int, int]()  # who has the write lock writes; who took which lock
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
 
     # --- the database file -----------------------------------------------------------------------------
@@ -71,10 +71,9 @@ class WalDatabase(MountedDatabase):
         return self._view.truncate(size, publish=False)
 
     def sync(self, pid: int, commits: Callable[[str | None], bool] = lambda name: False) -> None:
-        if self.is_logged:
-            self._require_settled()
-        else:
-            super().sync(pid, commits)
+        if not self.is_logged:
+            return super().sync(pid, commits)
+        return self._require_settled()
 
     def close_handle(self, pid: int) -> None:
         if self.is_logged:
@@ -96,8 +95,11 @@ class WalDatabase(MountedDatabase):
 
     def _require_checkpoint(self) -> None:
         self._require_writable()
-        if self.index_locks.test(None, Kind.READ, CHECKPOINT, CHECKPOINT) is None and not self._is_exclusive():
+        if not (self._is_checkpointing() or self._is_exclusive()):
             raise OSError(errno.EBUSY, f"{self._label}: is in use in WAL mode; only SQLite may write to it")
+
+    def _is_checkpointing(self) -> bool:
+        return self.index_locks.test(None, Kind.READ, CHECKPOINT, CHECKPOINT) is not None
 
     def _is_exclusive(self) -> bool:
         """Whether somebody has the database alone: then SQLite takes no locks of the index, and may have none."""
@@ -115,14 +117,18 @@ class WalDatabase(MountedDatabase):
                 self._begin_write_in_log(owner)
 
     def _after_change(self, owner: Hashable, before: Level) -> None:
-        super()._after_change(owner, before)
         if before is Level.EXCLUSIVE and self.is_logged and not self._is_exclusive():
             if self._broken:
                 with self._changing():
                     self._leave()
                     self._moved = True
             else:
-                self._note_commits()
+                self._scan()  # nobody syncs them: they are published soon
+        super()._after_change(owner, before)
+
+    def _give_lease(self) -> None:
+        if not (self._pending or self.is_writing):
+            super()._give_lease()
 
     def _is_read(self, owner: Hashable) -> bool:
         if self._log() is None:
@@ -164,7 +170,7 @@ class WalDatabase(MountedDatabase):
         reads, holds = reads and end <= LAST_READ, self.index_locks.holds
         shares, checks = holds(owner, FIRST_READ, LAST_READ), holds(owner, CHECKPOINT, CHECKPOINT)
         held = writes and not shares and self._writer() is not None  # so it is not known what this is for
-        begins = writes and (shares or (not held and not checks and self._has_index()))
+        begins = writes and (shares or (not held and not checks and wal.has_index(self._index_header())))
         if begins and self._header is None:
             self._lease.ask(owner)
         with self._gate:
@@ -179,7 +185,7 @@ class WalDatabase(MountedDatabase):
             begins = begins or (writes and shares) or (reads and self._is_unbegun(owner, thread))
             if held or self.index_locks.try_lock(owner, kind, start, end, pid) is not None:
                 raise Busy(f"{self._label}: locked")
-            self._thread = thread if writes else self._thread
+            self._threads[start] = thread
             if begins:  # locked already: a commit in the background must not give the lease away any more
                 try:
                     self._begin_write_in_log(owner)
@@ -192,33 +198,36 @@ class WalDatabase(MountedDatabase):
         with self._gate:
             ends = start <= WRITE <= end and (writer := self._writer()) is not None and writer.owner == owner
             if ends:
-                self._note_commits()
+                self._scan()  # nobody syncs them: they are published soon
                 self._broken = self._begun = False
             self.index_locks.unlock(owner, start, end)
-            if ends and not self._pending:
-                self._lease.done(self)
+            if ends:
+                self._give_lease()
 
     def index_closes(self, owner: Hashable) -> None:
         """A handle of `owner` closes. If it is writing, its process died: what it had not committed is cut off."""
         if (writer := self._writer()) is None or writer.owner != owner:
             return
         with self._gate, self._changing():
+            if wal.indexed(self._index_header()) > (self._pending.end.frames if self._pending.end else 0):
+                self._scan()  # others may have read it
             self._cut(self._pending.end)
             self._spoil_index()  # it may not know what the last sync has published
 
     def _writer(self) -> Any:
         return self.index_locks.test(None, Kind.READ, WRITE, WRITE)
 
-    def _has_index(self) -> bool:
-        """Whether SQLite will find a header of the index. Nobody is writing."""
-        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is not None:
-            self.forget_pages(index)
-        return index is not None and wal.has_index(index.read(0, wal.INDEX_HEADERS_BYTES))
+    def _index_header(self) -> bytes:
+        """As SQLite will find it. Nobody is writing."""
+        if (index := self._side_files.get(self.path + INDEX_SUFFIX)) is None:
+            return b""
+        self.forget_pages(index)
+        return index.read(0, wal.INDEX_HEADERS_BYTES)
 
     def _is_unbegun(self, owner: Hashable, thread: int | None = None) -> bool:
         """Whether it (by this thread: others may only read meanwhile) has the write lock, and no transaction yet."""
-        held = None if self._begun else self._writer()
-        return held is not None and held.owner == owner and thread in (None, self._thread)
+        writes = not self._begun and self.index_locks.holds(owner, WRITE, WRITE)
+        return writes and thread in (None, self._threads.get(WRITE))
 
     def _begin_write_in_log(self, owner: Hashable) -> None:
         self._require_writable()
@@ -262,8 +271,7 @@ class WalDatabase(MountedDatabase):
                 return
             self._refresh(max(self._config.refresh_s, LOOK_EVERY_S), None)
             if self._header is None and self._is_due(now):
-                self.forget_pages(index)
-                self._header = index.read(0, wal.INDEX_HEADERS_BYTES), now
+                self._header = self._index_header(), now
                 self._write_index(index, bytes(wal.INDEX_HEADERS_BYTES))
 
     # --- the log ---------------------------------------------------------------------------------------
@@ -286,13 +294,15 @@ class WalDatabase(MountedDatabase):
         elif self._pending.end is not None and size < self._pending.end.end:
             raise OSError(errno.EIO, f"{self._label}: transactions would be cut off the log")
 
-    def log_sync(self, pid: int) -> None:
+    def log_sync(self, pid: int, thread: int) -> None:
         """fsync by process `pid`: the commit point of synchronous=FULL, and the first thing a checkpoint does. Returns
         when what is committed is in S3. Raises when it is not: then a commit failed, and never comes back."""
         with self._changing():
             self._require_unbroken()
             writer, before = self._writer(), self._pending.end
-            found = (writer is None or writer.pid == pid) and self._scan()
+            checks = thread and thread == self._threads.get(CHECKPOINT) and self._is_checkpointing()
+            # A thread that checkpoints knows nothing of what another of its process is about to commit.
+            found = (writer is None or (writer.pid == pid and not checks)) and self._scan()
             try:
                 self._require_settled()
                 self._flush(ends=found)
@@ -315,8 +325,7 @@ class WalDatabase(MountedDatabase):
             if self.is_logged:
                 self._forget_log()
                 self._moved = True  # the kernel has the change counter that was written here
-        if not self.is_writing:
-            self._lease.done(self)
+        self._give_lease()
 
     def _require_unbroken(self) -> None:
         if self._broken:
@@ -328,12 +337,7 @@ class WalDatabase(MountedDatabase):
     def _scan(self) -> bool:
         """Find what was committed since the last time; whether there was anything."""
         file = self._log()
-        return file is not None and self.is_logged and self._pending.scan(file)
-
-    def _note_commits(self) -> None:
-        """Nobody syncs them: they are published soon."""
-        if not self._broken:
-            self._scan()
+        return file is not None and self.is_logged and not self._broken and self._pending.scan(file)
 
     def _flush(self, ends: bool = False) -> None:
         """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
@@ -392,6 +396,8 @@ class WalDatabase(MountedDatabase):
             self.forget_pages(file)
 
     def _forget_log(self) -> None:
+        if self._ahead is not None:
+            self._view.move(self._ahead.snapshot)
         self._pending.clear()
         self._ahead = None
         self._broken, self._begun, self._header = False, False, None
@@ -401,8 +407,6 @@ class WalDatabase(MountedDatabase):
         its salts that what is in their caches is old: nothing else in its index tells them."""
         if self._pending:
             log.error("%s: others committed; transactions that were not yet in S3 are lost", self._label)
-        if self._ahead is not None:
-            self._view.move(self._ahead.snapshot)
         self._forget_log()
         self._hold = HoldBack()
         if (file := self._log()) is not None:
@@ -416,17 +420,14 @@ class WalDatabase(MountedDatabase):
 
     def tick(self) -> None:
         super().tick()
-        now = self._source.runtime.monotonic()
-        since_s = self._pending.since_s
+        now, since_s = self._source.runtime.monotonic(), self._pending.since_s
         if since_s is None and self.is_logged and self._is_exclusive() and not self._broken:
             since_s = self._pending.since_s = now  # there may be something that no lock tells of
         if since_s is not None and now - since_s >= self._config.group_commit_s:
             self._pending.since_s = now
-            with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
-                self._source.runtime.submit(self._flush_soon)
+            self._soon(self._flush_soon)
         if self.is_logged and not list(self.locks):
-            with contextlib.suppress(RuntimeError):
-                self._source.runtime.submit(self.tidy)
+            self._soon(self.tidy)
 
     def _flush_soon(self) -> None:
         try:
@@ -441,8 +442,7 @@ class WalDatabase(MountedDatabase):
         except (S3BlockFSError, OSError) as error:
             log.warning("%s: not yet published: %s", self._label, error)
         with self._gate:
-            if not self._pending and not self.is_writing:
-                self._lease.done(self)
+            self._give_lease()
 
     def tidy(self) -> None:
         """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
@@ -456,7 +456,7 @@ class WalDatabase(MountedDatabase):
                     return
                 self._end_log()
                 self._moved = True
-                self._lease.done(self)
+                self._give_lease()
 
     def _go_on(self, version: Version | None) -> None:
         if not self.is_logged:
@@ -492,8 +492,6 @@ class WalDatabase(MountedDatabase):
         super().close()
 
     def _end_log(self) -> None:
-        if self._ahead is not None:
-            self._view.move(self._ahead.snapshot)
         self._forget_log()
         self.index_locks = RangeLocks()  # of a file that is unlinked no unlock arrives any more
         for suffix in (LOG_SUFFIX, INDEX_SUFFIX):

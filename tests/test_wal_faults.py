@@ -4,13 +4,30 @@ What a connection does is in `walclient.py`."""
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from engine import Call, Delayed, InlineRuntime, World, shrink_limits
-from walclient import MY_READ, NAME, Connection, elsewhere, first, insert, make, ran, wait, wal_machine, when_settled
+from engine import Call, Delayed, InlineRuntime, ManualRuntime, World, shrink_limits
+from memory_fs import until
+from walclient import (
+    FRAME,
+    MY_READ,
+    NAME,
+    Connection,
+    elsewhere,
+    first,
+    insert,
+    make,
+    ran,
+    wait,
+    wal_machine,
+    when_settled,
+)
 
+from s3blockfs import wal
 from s3blockfs.errors import Busy, OutcomeUnknown, RequestInDoubt, S3BlockFSError, StoreUnavailable
 from s3blockfs.locks import Kind
 from s3blockfs.walmode import CHECKPOINT, WRITE
@@ -298,7 +315,7 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
             connection.append(before[1], log, sync=True)
         world.store.rule = None
         with pytest.raises(OSError, match="a commit failed"):
-            connection.database.log_sync(1)  # its next checkpoint
+            connection.database.log_sync(1, 1)  # its next checkpoint
         with pytest.raises(OSError, match="a commit failed"):
             connection.database.log_write(len(before[1]))
         wait(connection)
@@ -345,3 +362,95 @@ def test_writer_that_recovered_the_index_outwaits_the_lease_of_a_machine_that_di
             assert world.runtime.monotonic() - since_s >= 10.0
             assert tries < 40, "not before the lease ended, or too often"
             assert connection.database._lease.is_held
+
+
+def test_checkpoint_that_fails_takes_nothing_from_a_writer_of_its_process() -> None:
+    """Another thread's frames look committed before it has told the index, and it may never sync them."""
+
+    def rule(call: Call, when: str) -> None:
+        raise StoreUnavailable("outage")
+
+    with connected(sync=False) as (world, connection):
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            before = connection.files()
+            (_, log), new = ran(before, insert(2, 1, 100))
+            connection.append(before[1], log, sync=False)
+            world.store.rule = rule
+            with connection.locked(Kind.WRITE, CHECKPOINT, thread=2), pytest.raises(StoreUnavailable):
+                connection.database.log_sync(1, 2)
+            world.store.rule = None
+        assert connection.files()[1] == log
+        wait(connection)
+        assert elsewhere(world) == new == connection.rows()
+
+
+def test_end_of_an_exclusive_session_keeps_the_lease_until_all_is_published() -> None:
+    """With synchronous=NORMAL, and locking_mode=NORMAL again: others must not come in between."""
+    with connected(sync=True) as (world, connection):
+        with connection.locked(Kind.READ, MY_READ):
+            connection.process.exclusive()
+        before = connection.files()
+        (_, log), new = ran(before, insert(2, 1, 100))
+        connection.append(before[1], log, sync=False)
+        connection.process.unlock()
+        connection.process.shared()
+        world.runtime.sleep(0.7)
+        connection.machine.tick()
+        there = Connection(wal_machine(world))
+        with pytest.raises(Busy):
+            there.commit(insert(3, 1, 100), sync=True)
+        wait(connection)
+        assert elsewhere(world) == new == connection.rows()
+        world.runtime.sleep(2)
+        connection.machine.tick()
+        there.commit(insert(3, 1, 100), sync=True)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_writer_that_died_right_after_its_commit_keeps_it(told: bool) -> None:
+    """Others may read it as soon as the index tells of it: then its frames must not be overwritten."""
+    with connected(sync=False) as (world, connection):
+        old = connection.rows()
+        with connection.locked(Kind.READ, MY_READ), connection.locked(Kind.WRITE, WRITE):
+            before = connection.files()
+            (_, log), new = ran(before, insert(2, 1, 100))
+            connection.append(before[1], log, sync=False)
+            one = bytearray(wal.empty_index(log[16:24])[: wal.INDEX_HEADERS_BYTES // 2])
+            one[16:20] = ((len(log if told else before[1]) - wal.HEADER_BYTES) // FRAME).to_bytes(4, sys.byteorder)
+            connection.machine.side_files.create(f"{NAME}-shm").write(0, bytes(one) * 2)
+            connection.database.index_closes(connection.process)
+        kept = new if told else old
+        assert connection.rows() == kept
+        wait(connection)
+        assert elsewhere(world) == kept
+
+
+def test_what_waits_for_a_slow_publish_leaves_it_threads_to_upload_with() -> None:
+    """The ticker goes on meanwhile. That of a large transaction took longer than it takes to have them all waiting."""
+    with World(ManualRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection = Connection(machine)
+        connection.commit(insert(1, 400, 900), sync=False)
+        new = connection.rows()
+        connection.process.close()  # it died
+        with connection.database._gate:
+            for _ in range(8):
+                machine.tick()
+        until(lambda: not connection.database.is_logged, 10)
+        assert elsewhere(world) == new
+
+
+def test_large_commit_needs_no_thread_that_waits_for_it() -> None:
+    """As those do that publish the same database in the background."""
+    with World(ManualRuntime()) as world:
+        machine = wal_machine(world)
+        make(machine)
+        connection, done = Connection(machine), threading.Event()
+        try:
+            for _ in range(4):
+                world.runtime.submit(done.wait)
+            connection.commit(insert(1, 400, 900), sync=True)
+        finally:
+            done.set()
+        assert elsewhere(world) == connection.rows()

@@ -119,8 +119,8 @@ class Story:
     def commit(self, machine: Machine) -> None:
         connection, full = machine.connected(), self.random.random() < 0.5
         with self.committing(machine, full) as number, contextlib.ExitStack() as locks:
-            if self.random.random() < 0.1:  # another thread of its process
-                locks.enter_context(connection.locked(Kind.WRITE, CHECKPOINT))
+            if beside := self.random.random() < 0.1:  # another thread of its process
+                locks.enter_context(connection.locked(Kind.WRITE, CHECKPOINT, thread=2))
             if waits_first := self.random.random() < 0.3:  # SQLITE_ENABLE_SETLK_TIMEOUT
                 locks.enter_context(connection.locked(Kind.WRITE, WRITE))
             locks.enter_context(connection.locked(Kind.READ, MY_READ))
@@ -132,8 +132,11 @@ class Story:
             self.interlude(machine)
             connection.append(before[1], log, sync=False)
             self.interlude(machine)
+            if beside:
+                with contextlib.suppress(S3BlockFSError, OSError):
+                    connection.database.log_sync(1, 2)
             if full:
-                connection.database.log_sync(1)
+                connection.database.log_sync(1, 1)
             self.interlude(machine)
 
     def checkpoint(self, machine: Machine) -> None:

@@ -83,8 +83,8 @@ class Connection:
             return ran(self.files())[1]
 
     @contextlib.contextmanager
-    def locked(self, kind: Kind, start: int, end: int | None = None) -> Iterator[None]:
-        self.database.lock_index(self.process, kind, start, end or start, 1, 1)
+    def locked(self, kind: Kind, start: int, end: int | None = None, thread: int = 1) -> Iterator[None]:
+        self.database.lock_index(self.process, kind, start, end or start, 1, thread)
         try:
             yield
         finally:
@@ -107,7 +107,7 @@ class Connection:
                 self.database.log_write(offset)
                 side.write(offset, log[offset : offset + FRAME])
         if sync:
-            self.database.log_sync(1)
+            self.database.log_sync(1, 1)
 
     def checkpoint(self, mode: str, *statements: str, sync: bool) -> None:
         """And, if nothing changes and SQLite still knows that the log begins anew, a commit."""
@@ -129,7 +129,7 @@ class Connection:
 
     def _backfill(self, before: bytes, content: bytes, sync: bool) -> None:
         if sync:
-            self.database.log_sync(1)
+            self.database.log_sync(1, 1)
         for offset in range(0, len(content), PAGE):
             if content[offset : offset + PAGE] != before[offset : offset + PAGE]:
                 self.database.write(offset, content[offset : offset + PAGE], {self.process})
