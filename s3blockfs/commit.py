@@ -151,7 +151,6 @@ def _joined(chunks: Iterable[tuple[int, bytes]], block_size: int) -> list[tuple[
 
 def _upload(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[tuple[tuple[int, bytes], ...], list[Segment]]:
     """Start the uploads of a large commit. Returns (chunks for the tail, segments)."""
-    uploads.wait()  # for what was streamed ahead
     block_size = base.head.block_size
     whole = _whole_runs(dirty, block_size) if dirty.held_bytes > SMALL_COMMIT_BYTES else []
     rest, at = list[Range](), 0
@@ -159,9 +158,11 @@ def _upload(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[tuple[tuple
         uploads.forget(at, run.start)
         rest += _in_blocks(dirty.ranges(at * block_size, run.start * block_size), block_size)
         at = run.stop
-    todo = chain.from_iterable([gap for run in whole for gap in uploads.gaps(run.start, run.stop)])
-    while group := list(islice(todo, slots_per_object(block_size))):
-        uploads.put_blocks([(number, dirty.block(number)) for number in group])
+    for _ in range(2):  # the second time for what was streamed ahead and failed
+        todo = chain.from_iterable([gap for run in whole for gap in uploads.gaps(run.start, run.stop)])
+        while group := list(islice(todo, slots_per_object(block_size))):
+            uploads.put_blocks([(number, dirty.block(number)) for number in group])
+        uploads.wait()
     if sum(high - low for low, high in rest) <= SMALL_COMMIT_BYTES:
         return tuple(c for low, high in rest for c in split_chunks(low, dirty.read(low, high), block_size)), []
     segments = []

@@ -177,11 +177,7 @@ class Snapshot:
         size, first, last = self.head.block_size, offset // self.head.block_size, -(-end // self.head.block_size)
         if (frames := self._frames(first, last)) is None:
             return self._read([(offset, end)], self._missed)[0]
-        prefix, cache = self._source.prefix, self._source.cache
-        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
-        if len(blocks) < len(frames):
-            with self._source.reading(self.head):
-                blocks = cache.fetch(prefix, frames, self._missed)
+        blocks = self._content(frames)
         if last - first > 1:
             views = [memoryview(block) for block in blocks]
             views[0], views[-1] = views[0][offset - first * size :], views[-1][: end - (last - 1) * size]
@@ -190,6 +186,14 @@ class Snapshot:
             self._places.clear()
         self._places[first] = frames[0]
         return blocks[0][offset - first * size : end - first * size]
+
+    def _content(self, frames: list[FrameAddress]) -> list[bytes]:
+        prefix, cache = self._source.prefix, self._source.cache
+        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
+        if len(blocks) < len(frames):
+            with self._source.reading(self.head):
+                blocks = cache.fetch(prefix, frames, self._missed)
+        return blocks
 
     def near(self, offset: int, length: int) -> bytes | None:
         """The same if these bytes are of one block that was read before and is in memory; else None."""
@@ -232,9 +236,14 @@ class Snapshot:
 
     def pieces(self, ahead: int) -> Iterator[bytes]:
         """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
-        for start in range(0, self.head.size, codec.OBJECT_BYTES):
-            self.prefetch(start, start + codec.OBJECT_BYTES + ahead)
-            yield header.in_rollback_mode(start, self.read(start, codec.OBJECT_BYTES))
+        at, size = 0, self.head.block_size
+        while at < self.head.size:
+            end = min(at + codec.OBJECT_BYTES, self.head.size)
+            self.prefetch(at, end + ahead)
+            frames = self._frames(at // size, -(-end // size))
+            for piece in [self.read(at, end - at)] if frames is None else self._content(frames):
+                yield header.in_rollback_mode(at, piece[: end - at])
+                at += len(piece)
 
     def _frames(self, first: int, end: int) -> list[FrameAddress] | None:
         """Where these blocks are, if each is one frame with no log over it: a plan of them costs ten times as much."""
