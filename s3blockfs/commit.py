@@ -123,8 +123,9 @@ class Publisher:
         frames = [(at, commit.record.seq, data) for commit in commits for at, data in _joined(commit.chunks, size)]
         segment, built = build_segment(self._source, head.rev, frames, records)
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
-        for entry, (_, _, data) in zip(built.entries, frames, strict=True):
-            self._source.cache.put(self._source.prefix, entry.address(segment.ref), data)
+        content = {(at, seq): data for at, seq, data in frames}
+        for entry in built.entries:
+            self._source.cache.put(self._source.prefix, entry.address(segment.ref), content[entry.offset, entry.seq])
         return segment, records
 
 

@@ -23,7 +23,7 @@ from cachetools import LRUCache
 from s3blockfs import header
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.cache import BlockCache
-from s3blockfs.errors import DamagedObject, ObjectNotFound, TooOld
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, TooOld
 from s3blockfs.format import data as codec
 from s3blockfs.format import extents as map_codec
 from s3blockfs.format import head as head_codec
@@ -35,6 +35,7 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
+_BESIDE_INDEX_BYTES = 8192  # that are fetched with an index: a page of 4 KiB fits in
 _INDEXES_KEPT = 256  # decoded, of segments; a head names about 16 before a fold, an index takes some 20 KiB
 _PLACES_KEPT = 16384  # of blocks, by each snapshot: 3 MB
 
@@ -98,7 +99,7 @@ class Source:
         with self._indexes_lock:
             known = self._indexes.get(segment.ref)
         if known is None:
-            known = fetch_index(self.store, self.prefix, segment, "index")
+            known = fetch_index(self.store, self.prefix, segment, "index", self.cache)
             self.remember_index(segment.ref, known)
         return known
 
@@ -361,13 +362,21 @@ def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]
     return [Piece(e.offset, e.offset + e.raw, e.seq, e.address(ref), e.offset) for e in entries]
 
 
-def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str) -> Index:
-    """Raises DamagedObject, StoreError."""
+def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, cache: BlockCache | None = None) -> Index:
+    """With a `cache` also the frame before it, if that is small. Raises DamagedObject, StoreError."""
     key = segment.ref.key(prefix)
     if segment.index_length > codec.MAX_FRAME_BYTES:
         raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
-    body = _get(store, key, site, segment.index_pos, segment.index_length)
-    return codec.decode_index(body, segment.ref.uid, segment.index_crc, f"{store.name}/{key}")
+    skip = 0 if cache is None else min(_BESIDE_INDEX_BYTES, segment.index_pos)
+    name, start = f"{store.name}/{key}", segment.index_pos - skip
+    body = _get(store, key, site, start, skip + segment.index_length)
+    index = codec.decode_index(body[skip:], segment.ref.uid, segment.index_crc, name)
+    for address in [entry.address(segment.ref) for entry in index.extents[-1:] if entry.pos >= start]:
+        with suppress(DamagedObject, NewerFormat):  # whoever needs it will meet that
+            data = codec.decode_frame(body[address.pos - start : address.end - start], address, name)
+            if cache is not None:
+                cache.put(prefix, address, data)
+    return index
 
 
 def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:

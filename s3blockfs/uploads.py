@@ -18,6 +18,7 @@ from s3blockfs.format.data import BASE, LOG, OBJECT_BYTES, BuiltObject, Commit, 
 from s3blockfs.format.extents import Extent
 from s3blockfs.format.head import Head, Segment
 from s3blockfs.format.keys import NONCE_BYTES, ObjectRef
+from s3blockfs.header import HEADER_BYTES
 from s3blockfs.runtime import IO_THREADS
 from s3blockfs.snapshot import Source
 
@@ -125,9 +126,10 @@ def upload_map(source: Source, block_map: BlockMap, rev: int) -> EncodedMap:
 def build_segment(
     source: Source, rev: int, frames: Sequence[tuple[int, int, bytes]], commits: Sequence[Commit]
 ) -> tuple[Segment, BuiltObject]:
-    """A data object in the log role from (offset, seq, bytes) frames, and what the head says of it."""
+    """A data object in the log role from (offset, seq, bytes) frames, and what the head says of it. The newest start of
+    the file comes last: whoever opens it reads that, and gets it with the index (see `Source.load_index`)."""
     ref = source.new_ref(rev)
-    built = build(ref.uid, LOG, frames, commits)
+    built = build(ref.uid, LOG, sorted(frames, key=lambda frame: frame[0] < HEADER_BYTES), commits)
     source.remember_index(ref, Index(tuple(commits), built.entries))
     seqs = [seq for _, seq, _ in frames] + [record.seq for record in commits]
     index = (built.index_pos, built.index_length, built.index_crc)
