@@ -64,7 +64,7 @@ class BlockMap:
             rows = self._leaves[index].extents(self._load)
             row = max(0, bisect_right(rows, first, key=lambda extent: extent.first) - 1)
             while row < len(rows) and rows[row].first < end:
-                yield from _clip(rows[row], first, end)
+                yield from clipped(rows[row], first, end)
                 row += 1
             index += 1
 
@@ -76,7 +76,7 @@ class BlockMap:
         todo = sorted(new)
         leaves: list[_Leaf] = []
         for leaf, end in zip(self._leaves, [*self._firsts[1:], NO_END], strict=True):
-            mine = [part for extent in todo for part in _clip(extent, leaf.first, end)]
+            mine = [part for extent in todo for part in clipped(extent, leaf.first, end)]
             leaves += _split(leaf.first, _merge(leaf.extents(self._load), mine)) if mine else [leaf]
         return BlockMap(leaves, self._load)
 
@@ -85,7 +85,7 @@ class BlockMap:
         leaves: list[_Leaf] = []
         for leaf, end in zip(self._leaves, [*self._firsts[1:], NO_END], strict=True):
             rows = leaf.extents(self._load) if first < end else ()
-            kept = tuple(part for extent in rows for part in _clip(extent, extent.first, limit(extent.seq)))
+            kept = tuple(part for extent in rows for part in clipped(extent, extent.first, limit(extent.seq)))
             if kept == rows:
                 leaves.append(leaf)
             elif kept or leaf.first == 0:
@@ -134,7 +134,7 @@ def joined(extents: Iterable[Extent]) -> list[Extent]:
     return result
 
 
-def _clip(extent: Extent, first: int, end: int) -> Iterator[Extent]:
+def clipped(extent: Extent, first: int, end: int) -> Iterator[Extent]:
     """The part of it inside first..end, if there is one."""
     low, high = max(extent.first, first), min(extent.end, end)
     if low < high:
@@ -151,7 +151,7 @@ def _merge(old: Sequence[Extent], new: Sequence[Extent]) -> list[Extent]:
             i += 1
         while j < len(new) and new[j].end <= low:
             j += 1
-        here = [part for extent in (*new[j : j + 1], *old[i : i + 1]) for part in _clip(extent, low, high)]
+        here = [part for extent in (*new[j : j + 1], *old[i : i + 1]) for part in clipped(extent, low, high)]
         if here:
             best.append(max(here, key=lambda extent: extent.seq))  # the first of equal ones
     return joined(best)

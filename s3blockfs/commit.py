@@ -10,12 +10,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, islice
 
 from s3blockfs import header, metrics
-from s3blockfs.blockmap import BlockMap, EncodedMap
+from s3blockfs.blockmap import NO_END, BlockMap, EncodedMap
 from s3blockfs.config import KIB, MIB
-from s3blockfs.dirty import Dirty
+from s3blockfs.dirty import Dirty, Range
 from s3blockfs.errors import StoreUnavailable
 from s3blockfs.format.data import COMMIT_ID_BYTES, OBJECT_BYTES, Commit, slots_per_object
 from s3blockfs.format.head import Head, Segment
@@ -122,8 +122,9 @@ class Publisher:
         frames = [(at, commit.seq, data) for commit, rows in head.tail.commits for at, data in _joined(rows, size)]
         segment, built = build_segment(self._source, head.rev, frames, records)
         self._source.store.put(segment.ref.key(self._source.prefix), built.body, site="roll")
-        for entry, (_, _, data) in zip(built.entries, frames, strict=True):
-            self._source.cache.put(self._source.prefix, entry.address(segment.ref), data)
+        content = {(at, seq): data for at, seq, data in frames}
+        for entry in built.entries:
+            self._source.cache.put(self._source.prefix, entry.address(segment.ref), content[entry.offset, entry.seq])
         return segment, records
 
 
@@ -150,17 +151,18 @@ def _joined(chunks: Iterable[tuple[int, bytes]], block_size: int) -> list[tuple[
 
 def _upload(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[tuple[tuple[int, bytes], ...], list[Segment]]:
     """Start the uploads of a large commit. Returns (chunks for the tail, segments)."""
-    uploads.wait()  # for what was streamed ahead
     block_size = base.head.block_size
-    whole = _whole_runs(dirty, block_size) if dirty.held_bytes > SMALL_COMMIT_BYTES else set()
-    for number in uploads.blocks.keys() - whole:
-        uploads.forget(number, number + 1)
-    todo = sorted(whole - uploads.blocks.keys())
-    per_object = slots_per_object(block_size)
-    for start in range(0, len(todo), per_object):
-        uploads.put_blocks([(number, dirty.block(number)) for number in todo[start : start + per_object]])
-    others = [number for number in dirty.blocks() if number not in whole]
-    rest = [part for n in others for part in dirty.ranges(n * block_size, (n + 1) * block_size)]
+    whole = _whole_runs(dirty, block_size) if dirty.held_bytes > SMALL_COMMIT_BYTES else []
+    rest, at = list[Range](), 0
+    for run in (*whole, range(NO_END, NO_END)):
+        uploads.forget(at, run.start)
+        rest += _in_blocks(dirty.ranges(at * block_size, run.start * block_size), block_size)
+        at = run.stop
+    for _ in range(2):  # the second time for what was streamed ahead and failed
+        todo = chain.from_iterable([gap for run in whole for gap in uploads.gaps(run.start, run.stop)])
+        while group := list(islice(todo, slots_per_object(block_size))):
+            uploads.put_blocks([(number, dirty.block(number)) for number in group])
+        uploads.wait()
     if sum(high - low for low, high in rest) <= SMALL_COMMIT_BYTES:
         return tuple(c for low, high in rest for c in split_chunks(low, dirty.read(low, high), block_size)), []
     segments = []
@@ -175,11 +177,16 @@ def _upload(base: Snapshot, dirty: Dirty, uploads: Uploads) -> tuple[tuple[tuple
     return (), segments
 
 
-def _whole_runs(dirty: Dirty, block_size: int) -> set[int]:
-    """Blocks that go into block objects: whole ones in runs that are worth it."""
-    full = [number for number in dirty.blocks() if dirty.is_full(number)]
-    runs = [[number for _, number in run] for _, run in groupby(enumerate(full), key=lambda row: row[1] - row[0])]
-    return {number for run in runs if len(run) * block_size >= SMALL_COMMIT_BYTES for number in run}
+def _in_blocks(ranges: Iterable[Range], size: int) -> list[Range]:
+    return [(max(low, at), min(high, at + size)) for low, high in ranges for at in range(low - low % size, high, size)]
+
+
+def _whole_runs(dirty: Dirty, block_size: int) -> list[range]:
+    """Blocks that go into block objects: whole ones (the last may be short) in runs that are worth it."""
+    past = -dirty.size % block_size  # of the last block
+    rows = [(low, high + past if high == dirty.size else high) for low, high in dirty.ranges(0, dirty.size)]
+    runs = [range(-(-low // block_size), high // block_size) for low, high in rows]
+    return [run for run in runs if len(run) * block_size >= SMALL_COMMIT_BYTES]
 
 
 def _next_counter(view: View) -> tuple[int | None, bool]:

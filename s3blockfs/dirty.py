@@ -1,14 +1,16 @@
 """The uncommitted bytes of one database: an unlinked sparse file on this machine plus the set of ranges it holds.
 
-Bytes lie in the spill file at their own offsets, so memory stays constant however large a transaction is; small ones
-never leave the kernel's page cache. They live and die with this process: nothing here ever needs recovery.
+Bytes lie in the spill file at their own offsets, and what follows each other is one range, so memory stays constant
+however much is loaded; small transactions never leave the kernel's page cache. They live and die with this process:
+nothing here ever needs recovery.
 
-The caller serialises all calls. Invariants: ranges of a block are sorted, disjoint, not adjacent and non-empty, and end
-at or below `size`; bytes of the spill file outside the ranges are never read."""
+The caller serialises all calls. Invariants: ranges are sorted, disjoint, not adjacent and non-empty, and end at or
+below `size`; bytes of the spill file outside the ranges are never read."""
 
 import os
 import tempfile
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterable
 
 Range = tuple[int, int]
@@ -62,17 +64,17 @@ class Dirty:
     def __init__(self, folder: str, block_size: int, committed_size: int) -> None:
         self._folder, self._block_size, self._committed_size = folder, block_size, committed_size
         self._file: UnlinkedFile | None = None
-        self._blocks: dict[int, list[Range]] = {}
+        self._ranges: list[Range] = []
         self.size = self.cut = committed_size
 
     @property
     def held_bytes(self) -> int:
         """Of all ranges."""
-        return sum(high - low for rows in self._blocks.values() for low, high in rows)
+        return sum(high - low for low, high in self._ranges)
 
     @property
     def is_dirty(self) -> bool:
-        return bool(self._blocks) or self.size != self._committed_size or self.cut < self._committed_size
+        return bool(self._ranges) or self.size != self._committed_size or self.cut < self._committed_size
 
     def write(self, offset: int, data: bytes) -> None:
         """Raises OSError (ENOSPC) when the spill folder is full; nothing is recorded then."""
@@ -80,14 +82,10 @@ class Dirty:
             return
         self._file = self._file or UnlinkedFile(self._folder)
         self._file.write(offset, data)
-        size, end = self._block_size, offset + len(data)
-        for block in range(offset // size, -(-end // size)):
-            new = low, high = max(offset, block * size), min(end, (block + 1) * size)
-            rows = self._blocks.setdefault(block, [new])
-            if rows[-1][1] == low:  # page after page
-                rows[-1] = rows[-1][0], high
-            elif rows[-1] != new:
-                self._blocks[block] = union([*rows, new])
+        end = offset + len(data)
+        near = self._near(offset, end)
+        touched = [*self._ranges[near], (offset, end)]
+        self._ranges[near] = [(min(touched)[0], max(high for _, high in touched))]
         self.size = max(self.size, end)
 
     def truncate(self, size: int) -> None:
@@ -95,18 +93,14 @@ class Dirty:
         if size < self.size:
             if self._file is not None:
                 self._file.truncate(size)
-            for block in [b for b in self._blocks if (b + 1) * self._block_size > size]:
-                kept = [(low, min(high, size)) for low, high in self._blocks.pop(block) if low < size]
-                if kept:
-                    self._blocks[block] = kept
+            self._ranges = self.ranges(0, size)
         self.size = size
         self.cut = min(self.cut, size)
 
     def ranges(self, start: int, end: int) -> list[Range]:
-        """The dirty ranges inside start..end, in order, neighbours joined across blocks."""
-        rows = (row for block in self._touched(start, end) for row in self._blocks[block])
-        inside = ((max(low, start), min(high, end)) for low, high in rows)
-        return union((low, high) for low, high in inside if low < high)
+        """The dirty ranges inside start..end, in order."""
+        inside = [(max(low, start), min(high, end)) for low, high in self._ranges[self._near(start, end)]]
+        return [(low, high) for low, high in inside if low < high]
 
     def read(self, start: int, end: int) -> bytes:
         """Bytes of one dirty range (or of several with what lies between them undefined)."""
@@ -118,19 +112,15 @@ class Dirty:
         low = number * self._block_size
         return self.read(low, min(low + self._block_size, self.size))
 
-    def is_full(self, block: int) -> bool:
-        """Whether every byte of the block that lies inside the file is dirty."""
-        low = block * self._block_size
-        return self._blocks.get(block) == [(low, min(low + self._block_size, self.size))]
-
-    def blocks(self) -> list[int]:
-        return sorted(self._blocks)
+    def is_full(self, first: int, end: int) -> bool:
+        """Whether every byte of blocks first..end that lies inside the file is dirty."""
+        low, high = first * self._block_size, min(end * self._block_size, self.size)
+        return self.ranges(low, high) == [(low, high)]
 
     def close(self) -> None:
         self._file = None
 
-    def _touched(self, start: int, end: int) -> list[int]:
-        first, last = start // self._block_size, -(-end // self._block_size)
-        if last - first < len(self._blocks):
-            return [block for block in range(first, last) if block in self._blocks]
-        return sorted(block for block in self._blocks if first <= block < last)
+    def _near(self, start: int, end: int) -> slice:
+        """Which ranges overlap or touch start..end."""
+        first, last = bisect_left(self._ranges, (start, 0)), bisect_left(self._ranges, (end + 1, 0))
+        return slice(first - 1 if first and self._ranges[first - 1][1] >= start else first, last)

@@ -90,9 +90,9 @@ def _upload(view: Snapshot, source: Source, uploads: Uploads, todo: Sequence[int
     step = slots_per_object(size)
     for group in (todo[start : start + step] for start in range(0, len(todo), step)):
         content = list(zip(group, view.read_blocks(group), strict=True))
-        uploads.put_blocks(content)
-        for block, data in content:
-            source.cache.put(source.prefix, slot_address(*uploads.blocks[block], block, size), data)
+        ref = uploads.put_blocks(content)
+        for slot, (block, data) in enumerate(content):
+            source.cache.put(source.prefix, slot_address(ref, slot, block, size), data)
     uploads.wait()
     return uploads.extents()
 

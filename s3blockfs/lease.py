@@ -94,7 +94,8 @@ class Lease:
 
     def ask(self, owner: Hashable) -> None:
         """Before a write lock is looked at: a pause for others to line up, if due. Busy: it is another's turn here."""
-        self._runtime.sleep(max(self._rest_until_s - self._runtime.monotonic(), 0.0))
+        if (rest_s := self._rest_until_s - self._runtime.monotonic()) > 0:  # not 0 s: that lets other programs run
+            self._runtime.sleep(rest_s)
         now = self._runtime.monotonic()
         with self._line:
             asking = {other: wait for other, wait in self._asking.items() if wait.goes_on(now)}

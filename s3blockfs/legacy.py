@@ -146,6 +146,9 @@ class LegacySnapshot(Snapshot):
             data[low - offset : high - offset] = self._over.read(low, high)
         return bytes(data)
 
+    def _frames(self, first: int, end: int) -> None:
+        """There are none."""
+
     def prefetch(self, offset: int, end: int) -> None:
         """Nothing: with small blocks the number of requests is the limit, and more of them do not help."""
 

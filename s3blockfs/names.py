@@ -153,10 +153,14 @@ class Names:
 
     def find(self, path: str) -> tuple[Source, AnyHead, Version]:
         """The newest state of a database, for commands. Raises DatabaseNotFound."""
+        began_s = self._runtime.monotonic()
         if (entry := self.lookup(path)) is not None and not entry.is_folder:
             self._require_database(entry)
             source, heads = self.at(entry.prefix)
-            if (version := heads.read()) is not None and not version.head.deleted:
+            with self._lock:
+                version, asked_s = self._heads.get(entry.prefix, (None, began_s))
+            version = version if asked_s > began_s else heads.read()
+            if version is not None and not version.head.deleted:
                 return source, heads, version
         raise errors.DatabaseNotFound(f"{self._label(path)}: no such database")
 

@@ -71,6 +71,9 @@ class ObjectSnapshot(Snapshot):
     def prefetch(self, offset: int, end: int) -> None:
         self._source.cache.prefetch(self._source.prefix, self._blocks(offset, min(end, self.head.size)))
 
+    def _frames(self, first: int, end: int) -> None:
+        """There are none."""
+
     def _blocks(self, offset: int, end: int) -> Iterator[FrameAddress]:
         for start in range(offset - offset % BLOCK_BYTES, end, BLOCK_BYTES):
             size = min(BLOCK_BYTES, self.head.size - start)

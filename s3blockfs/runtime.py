@@ -3,6 +3,7 @@
 This is the only module that may touch `time`, `os.urandom` or start threads for the engine (ruff TID251 bans the
 globals elsewhere). Wall clocks are not offered: time stamps come from the store (`ObjectStore.server_time_s`)."""
 
+import _thread
 import logging
 import os
 import random
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import zip_longest
 from typing import TypeVar
@@ -131,14 +132,14 @@ def uninterrupted(function: Callable[[], object], interrupts: list[BaseException
                 outcome.set_exception(error)
 
     try:
-        threading.Thread(target=run, name="s3blockfs-uninterrupted").start()
+        _thread.start_new_thread(run, ())  # a `Thread` makes us wait until it has begun, for no use
     except BaseException as error:
         if outcome.cancel():
             raise  # it has not begun, and never will
         interrupts.append(error)
     while not outcome.done():
         try:
-            wait([outcome])
+            outcome.exception()
         except BaseException as error:  # noqa: BLE001  the caller raises it in its own time
             interrupts.append(error)
     outcome.result()

@@ -23,7 +23,7 @@ from cachetools import LRUCache
 from s3blockfs import header
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.cache import BlockCache
-from s3blockfs.errors import DamagedObject, ObjectNotFound, TooOld
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, TooOld
 from s3blockfs.format import data as codec
 from s3blockfs.format import extents as map_codec
 from s3blockfs.format import head as head_codec
@@ -35,6 +35,7 @@ from s3blockfs.format.tail import LogCommit, Tail
 from s3blockfs.objectstore import ObjectStore
 from s3blockfs.runtime import Runtime, all_of
 
+_BESIDE_INDEX_BYTES = 8192  # that are fetched with an index: a page of 4 KiB fits in
 _INDEXES_KEPT = 256  # decoded, of segments; a head names about 16 before a fold, an index takes some 20 KiB
 _PLACES_KEPT = 16384  # of blocks, by each snapshot: 3 MB
 
@@ -102,7 +103,7 @@ class Source:
         with self._indexes_lock:
             known = self._indexes.get(segment.ref)
         if known is None:
-            known = fetch_index(self.store, self.prefix, segment, "index")
+            known = fetch_index(self.store, self.prefix, segment, "index", self.cache)
             self.remember_index(segment.ref, known)
         return known
 
@@ -187,11 +188,7 @@ class Snapshot:
         size, first, last = self.head.block_size, offset // self.head.block_size, -(-end // self.head.block_size)
         if (frames := self._frames(first, last)) is None:
             return self._read([(offset, end)], self._missed)[0]
-        prefix, cache = self._source.prefix, self._source.cache
-        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
-        if len(blocks) < len(frames):
-            with self._source.reading(self.head):
-                blocks = cache.fetch(prefix, frames, self._missed)
+        blocks = self._content(frames)
         if last - first > 1:
             views = [memoryview(block) for block in blocks]
             views[0], views[-1] = views[0][offset - first * size :], views[-1][: end - (last - 1) * size]
@@ -200,6 +197,14 @@ class Snapshot:
             self._places.clear()
         self._places[first] = frames[0]
         return blocks[0][offset - first * size : end - first * size]
+
+    def _content(self, frames: list[FrameAddress]) -> list[bytes]:
+        prefix, cache = self._source.prefix, self._source.cache
+        blocks = [block for frame in frames if (block := cache.get(prefix, frame)) is not None]
+        if len(blocks) < len(frames):
+            with self._source.reading(self.head):
+                blocks = cache.fetch(prefix, frames, self._missed)
+        return blocks
 
     def near(self, offset: int, length: int) -> bytes | None:
         """The same if these bytes are of one block that was read before and is in memory; else None."""
@@ -242,9 +247,14 @@ class Snapshot:
 
     def pieces(self, ahead: int) -> Iterator[bytes]:
         """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
-        for start in range(0, self.head.size, codec.OBJECT_BYTES):
-            self.prefetch(start, start + codec.OBJECT_BYTES + ahead)
-            yield header.in_rollback_mode(start, self.read(start, codec.OBJECT_BYTES))
+        at, size = 0, self.head.block_size
+        while at < self.head.size:
+            end = min(at + codec.OBJECT_BYTES, self.head.size)
+            self.prefetch(at, end + ahead)
+            frames = self._frames(at // size, -(-end // size))
+            for piece in [self.read(at, end - at)] if frames is None else self._content(frames):
+                yield header.in_rollback_mode(at, piece[: end - at])
+                at += len(piece)
 
     def _frames(self, first: int, end: int) -> list[FrameAddress] | None:
         """Where these blocks are, if each is one frame with no log over it: a plan of them costs ten times as much."""
@@ -367,13 +377,21 @@ def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]
     return [Piece(e.offset, e.offset + e.raw, e.seq, e.address(ref), e.offset) for e in entries]
 
 
-def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str) -> Index:
-    """Raises DamagedObject, StoreError."""
+def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, cache: BlockCache | None = None) -> Index:
+    """With a `cache` also the frame before it, if that is small. Raises DamagedObject, StoreError."""
     key = segment.ref.key(prefix)
     if segment.index_length > codec.MAX_FRAME_BYTES:
         raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
-    body = _get(store, key, site, segment.index_pos, segment.index_length)
-    return codec.decode_index(body, segment.ref.uid, segment.index_crc, f"{store.name}/{key}")
+    skip = 0 if cache is None else min(_BESIDE_INDEX_BYTES, segment.index_pos)
+    name, start = f"{store.name}/{key}", segment.index_pos - skip
+    body = _get(store, key, site, start, skip + segment.index_length)
+    index = codec.decode_index(body[skip:], segment.ref.uid, segment.index_crc, name)
+    for address in [entry.address(segment.ref) for entry in index.extents[-1:] if entry.pos >= start]:
+        with suppress(DamagedObject, NewerFormat):  # whoever needs it will meet that
+            data = codec.decode_frame(body[address.pos - start : address.end - start], address, name)
+            if cache is not None:
+                cache.put(prefix, address, data)
+    return index
 
 
 def _get(store: ObjectStore, key: str, site: str, start: int = 0, length: int | None = None) -> bytes:

@@ -11,8 +11,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from copy import copy
 
 from s3blockfs.config import Config
+from s3blockfs.dirty import Dirty
 from s3blockfs.errors import DatabaseGone, OutcomeUnknown, ReadOnly, S3BlockFSError, TooOld
 from s3blockfs.head import Doubt, HeadFile, Unsettled
 from s3blockfs.snapshot import Snapshot, Source, Version
@@ -55,6 +57,11 @@ class State:
     def is_dirty(self) -> bool:
         """Whether bytes wait to be published. Those of a checkpoint do not: they were published with the log."""
         return self._view.is_dirty and not self.is_logged
+
+    @property
+    def uncommitted(self) -> Dirty:
+        """Bytes that wait to be published. They can still be read from it afterwards."""
+        return copy(self._view.dirty)
 
     @property
     def is_logged(self) -> bool:

@@ -23,6 +23,7 @@ from scenes import Scene, same, state
 
 from s3blockfs import backup
 from s3blockfs.database import Database
+from s3blockfs.dirty import Dirty
 from s3blockfs.errors import StoreRefused, StoreUnavailable
 
 ROWS = 3000
@@ -193,6 +194,24 @@ def test_a_failure_amid_the_copy_keeps_its_kind(
     assert scene.published(1)
 
 
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_what_was_stored_otherwise_is_seen(
+    world: World, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, which: str
+) -> None:
+    """What is read again is compared with what came from the file, and not only checksums with what was sent."""
+    make(tmp_path / "a").close()
+    last, sent = (tmp_path / "a").stat().st_size - 1, Dirty.block
+
+    def block(self: Dirty, number: int) -> bytes:
+        data = sent(self, number)
+        wrong = number == (0 if which == "first" else last // len(sent(self, 0)))
+        return data[:-1] + bytes([data[-1] ^ 1]) if wrong else data
+
+    monkeypatch.setattr(Dirty, "block", block)
+    code, shown = run(capsys, "import", tmp_path / "a", "bucket/a.db")
+    assert (code, "is not what was read from" in shown) == (6, True)
+
+
 def test_an_import_loses_to_a_commit_that_comes_first(scene: Scene, capsys: Any, tmp_path: Path) -> None:
     make(tmp_path / "a").close()
 
@@ -347,6 +366,23 @@ def test_files_in_and_out_of_a_real_store(place: Place, tmp_path: Path) -> None:
     subprocess.run(["bash", "-c", f"set -o pipefail; {pipe}"], env=place.environment, timeout=PATIENCE_S, check=True)
     command(place, "export", f"{place.target}/d.db", str(tmp_path / "d"), *where)
     assert content(tmp_path / "d") == expected
+
+
+@pytest.mark.s3
+def test_what_import_and_export_ask_for(place: Place, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Each object once: stored, read again, exported; and the head once before what it leads to."""
+    make(tmp_path / "a", rows=30_000).close()
+    size, where = (tmp_path / "a").stat().st_size, ("--endpoint-url", proxy.url)
+    for verb, *files in (("import", "a", ""), ("export", "", "b")):
+        proxy.reset()
+        paths = [str(tmp_path / file) if file else f"{place.target}/a.db" for file in files]
+        done = command(place, verb, *paths, *where)
+        assert done.returncode == 0, done.stderr
+        data = [request for request in proxy.requests if "/data/" in request.path]
+        gets, puts = (sum(request.method == method for request in data) for method in ("GET", "PUT"))
+        assert (gets, puts) == (-(-size // (4 << 20)), gets if verb == "import" else 0)
+        heads = sum(request.path.endswith("a.db/head") and request.method == "GET" for request in proxy.requests)
+        assert heads == (3 if verb == "import" else 1)  # two before it is created
 
 
 @pytest.mark.s3

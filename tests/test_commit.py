@@ -208,6 +208,7 @@ def test_the_tail_is_rolled_in_the_background(world: World, monkeypatch: pytest.
     body = world.store.inner.get(segment.ref.key(PREFIX), site="test").body
     _, index = decode_object(body, segment.ref, "segment")
     assert [record.seq for record in index.commits] == list(range(1, first_in_tail))
+    assert index.extents[-1].offset == 0, "next to the index, for whoever opens the database"
     assert head.tail.encoded_bytes < len(body)
     assert world.content() == database.read(0, 10**6) == noise_file(count)
 

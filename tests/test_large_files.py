@@ -15,7 +15,7 @@ from mounting import Place, shell
 MB = 1 << 20
 SMALL_MB = 200
 SLACK_MB = 60
-IMPORT_BYTES_A_BLOCK = 1280  # what it takes more for each block of 64 KiB
+IMPORT_SLACK_MB = 120  # it writes and reads: what glibc keeps of the buffers of both varies by 50 MB from run to run
 FREE_GB = 20
 SCRIPT = (
     "import resource, sys; from s3blockfs.cli.main import main; code = main(sys.argv[1:]);"
@@ -71,5 +71,5 @@ def test_memory_hardly_grows(
     with capsys.disabled():
         print(f"\npeaks in MB, of import and export: {peaks}")
     (small_import, small_export), (large_import, large_export) = peaks.values()
-    assert large_import - small_import < SLACK_MB + 16 * size_mb * IMPORT_BYTES_A_BLOCK / MB
+    assert large_import - small_import < IMPORT_SLACK_MB
     assert large_export - small_export < SLACK_MB

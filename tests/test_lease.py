@@ -57,10 +57,14 @@ def test_the_second_writer_is_busy_until_the_first_has_finished(world: World, pa
     assert first.database.read(30, 50) == second.database.read(30, 50)
 
 
-def test_a_burst_costs_one_request_a_commit(world: World, pair: tuple[Writer, Writer]) -> None:
+def test_a_burst_costs_one_request_a_commit(
+    world: World, pair: tuple[Writer, Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no pause, not even one of 0 s, in which other programs of a busy machine would have their turns."""
     first, _ = pair
     first.write(2)
     before = len(world.store.calls)
+    monkeypatch.setattr(world.runtime, "sleep", lambda seconds: pytest.fail(f"slept for {seconds} s"))
     for number in range(3, 13):
         first.write(number)
     assert [(call.operation, call.site) for call in world.store.calls[before:]] == [("PUT", "swap")] * 10

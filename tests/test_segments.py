@@ -1,0 +1,46 @@
+"""Segments: the commits of a log, and what is fetched with their indexes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from engine import InlineRuntime, World
+
+from s3blockfs.errors import DamagedObject
+
+PREFIX = "a.db"
+
+
+def noise(seed: int) -> bytes:
+    return random.Random(seed).randbytes(4096)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with World(InlineRuntime()) as made:
+        yield made
+
+
+def test_the_start_of_the_file_comes_with_the_index(world: World) -> None:
+    """Whoever opens a database reads that first: also in a segment it takes no request of its own. If it is damaged,
+    the database can be opened all the same, and who reads it is told."""
+    database = world.machine().create(PREFIX, exclusive=True)
+    for number in range(100):
+        database.write(number * 100_000, noise(number))
+    database.close_handle(0)
+    opened = world.machine().open(PREFIX)
+    world.store.calls.clear()
+    assert opened.read(0, 4096) == noise(0) and world.store.calls == []
+    assert opened.read(100_000, 4096) == noise(1) and len(world.store.calls) == 1
+    version = world.heads(faulty=False).read()
+    assert version is not None
+    (segment,) = version.head.segments
+    key, at = segment.ref.key(PREFIX), segment.index_pos - 1
+    body = world.store.inner.get(key, site="t").body
+    world.store.inner.put(key, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :], site="t")
+    damaged = world.machine().open(PREFIX)
+    assert damaged.read(100_000, 4096) == noise(1)
+    with pytest.raises(DamagedObject):
+        damaged.read(0, 4096)
