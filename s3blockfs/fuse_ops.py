@@ -68,6 +68,7 @@ class FileSystem(Operations):
             catalog.kind = WalDatabase
         self._mountpoint = os.path.realpath(mountpoint)
         self._ending = False
+        self.on_end: Callable[[], None] = lambda: None  # called when it is unmounted
         self._lock = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._numbers = count(1)
@@ -97,6 +98,7 @@ class FileSystem(Operations):
 
     def destroy(self) -> None:
         """Publish what only a close would have published (journal_mode=OFF), then forget everything."""
+        self.on_end()
         for database in self._catalog.opened():
             try:
                 database.close_handle(0)

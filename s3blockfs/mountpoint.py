@@ -77,9 +77,9 @@ def _is_dead(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def lifeline(mountpoint: str) -> Iterator[Callable[[], None]]:
-    """Around the life of a mount, on a thread that waits for its end; to be called back once it is there. If this
-    process is killed meanwhile, another that is started here tells the kernel that the mount is dead.
+def lifeline(mountpoint: str) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Around the life of a mount, on a thread that waits for its end; to be called back once it is there, and once it
+    is gone. If this process is killed between, another that is started here tells the kernel that the mount is dead.
 
     The kernel would find out when the last thread has ended. One that was waiting for its own mount (for a page of
     `-shm` to be written back, say) never does, and everybody who uses the mount would hang with it."""
@@ -98,7 +98,7 @@ def lifeline(mountpoint: str) -> Iterator[Callable[[], None]]:
                 )
 
         try:
-            yield is_mounted
+            yield is_mounted, child.kill  # afterwards there may be another mount in its place
         finally:
             child.kill()
 

@@ -122,7 +122,7 @@ def _serve(target: options.Target, given: str) -> int:
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_SH)
         operations = FileSystem(catalog, config, runtime, str(directory), ready)
         fuse_options: dict[str, str | bool] = {"fsname": str(target), "allow_other": config.allow_other}
-        with mountpoint.lifeline(str(directory)) as is_mounted:
+        with mountpoint.lifeline(str(directory)) as (is_mounted, operations.on_end):
             fuse_binding.mount(operations, str(directory), options={**fuse_options, **operations.timeouts})
     return 0
 
