@@ -7,7 +7,6 @@ import os
 import platform
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from weakref import WeakSet, WeakValueDictionary
@@ -50,7 +49,6 @@ class Catalog(Names):
         self.files: WeakSet[object] = WeakSet()  # open ones that read or write by it (files.py)
         self.refused: set[str] = set()  # prefixes under which the last PUT of a connection was refused
         self._stop_ticking: Callable[[], None] | None = None
-        self._ticked: Future[None] | None = None  # done when whatever was submitted before has begun
 
     def open(self, path: str) -> Database:
         """The database, with one more user. Raises DatabaseNotFound, DamagedObject, StoreError."""
@@ -271,16 +269,11 @@ class Catalog(Names):
             idle.close()
 
     def tick(self) -> None:
-        """Give leases back, and the like; called every now and then. Not while I/O threads have yet to begin what came
-        of the last time: of a thousand databases that are read it may be more than they can do until the next one."""
-        if self._ticked is not None and not self._ticked.done():
-            return
+        """Give leases back, and the like; called every now and then."""
         with self._lock:
             databases = [*self._users, *self._idle.values()]
         for database in databases:
             database.tick()
-        with suppress(RuntimeError):  # no more threads
-            self._ticked = self._runtime.submit(lambda: None)
 
     def close(self) -> None:
         """Forget everything; nobody uses the catalog any more."""

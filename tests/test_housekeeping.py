@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 
 import pytest
 from engine import Call, InlineRuntime, World, shrink_limits
@@ -12,7 +11,6 @@ from scenes import state
 
 from s3blockfs import fold, housekeeping
 from s3blockfs.catalog import Catalog
-from s3blockfs.database import Database
 from s3blockfs.errors import StoreUnavailable
 
 PAGE = 4096
@@ -115,25 +113,3 @@ def test_clean_up_of_a_deleted_database_leaves_its_tombstone(world: World) -> No
     source = machine._source("a.db")
     housekeeping.clean_up(source, world.heads(), machine._config)
     assert [entry.key for entry in world.store.inner.list("a.db/", site="test")] == ["a.db/head"]
-
-
-def test_what_ticks_begin_does_not_pile_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I/O threads that are busy for long find the work of one tick, not that of all ticks since."""
-    machine = world.machine()
-    machine.create("a.db", exclusive=True)
-    ticked: list[Database] = []
-    waiting: list[Future[None]] = []
-
-    def submit(function: Callable[[], None]) -> Future[None]:
-        waiting.append(Future())
-        return waiting[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Database, "tick", lambda database: ticked.append(database))
-        patch.setattr(world.runtime, "submit", submit)
-        for _ in range(100):
-            machine.tick()
-        assert len(ticked) == len(waiting) == 1
-        waiting[0].set_result(None)
-        machine.tick()
-        assert len(ticked) == 2

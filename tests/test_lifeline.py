@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from memory_fs import mount_line, until
 from mounting import PATIENCE_S, Client, Place, mounted, shell
-from proxy import FaultProxy
+from proxy import Fault, FaultProxy
 
 from s3blockfs.mountpoint import clear_dead_mount
 
