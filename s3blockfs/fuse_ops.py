@@ -67,11 +67,9 @@ class FileSystem(Operations):
         elif not config.read_only:  # who may not write `-wal` and `-shm` is shown a database in rollback mode
             catalog.kind = WalDatabase
         self._mountpoint = os.path.realpath(mountpoint)
-        self._ending = False
         self.on_end: Callable[[], None] = lambda: None  # called when it is unmounted
-        self._lock = threading.Lock()
-        self._handles: dict[int, _Handle] = {}
-        self._numbers = count(1)
+        self._ending, self._lock = False, threading.Lock()
+        self._handles, self._numbers = dict[int, _Handle](), count(1)
         self._kernel = KernelCache(self, config.refresh_s, config.exclusive)
         self.timeouts = self._kernel.timeouts
         uid, gid = config.uid, config.gid
