@@ -3,7 +3,6 @@
 This is the only module that may touch `time`, `os.urandom` or start threads for the engine (ruff TID251 bans the
 globals elsewhere). Wall clocks are not offered: time stamps come from the store (`ObjectStore.server_time_s`)."""
 
-import _thread
 import logging
 import os
 import random
@@ -12,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import zip_longest
 from typing import TypeVar
@@ -132,14 +131,14 @@ def uninterrupted(function: Callable[[], object], interrupts: list[BaseException
                 outcome.set_exception(error)
 
     try:
-        _thread.start_new_thread(run, ())  # a `Thread` makes us wait until it has begun, for no use
+        threading.Thread(target=run, name="s3blockfs-uninterrupted").start()
     except BaseException as error:
         if outcome.cancel():
             raise  # it has not begun, and never will
         interrupts.append(error)
     while not outcome.done():
         try:
-            outcome.exception()
+            wait([outcome])
         except BaseException as error:  # noqa: BLE001  the caller raises it in its own time
             interrupts.append(error)
     outcome.result()

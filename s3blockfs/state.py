@@ -39,7 +39,7 @@ class State:
         self._doubt: Doubt | None = None
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
-        self._job: Future[None] | None = None
+        self._jobs: dict[str, Future[None]] = {}
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
@@ -198,9 +198,9 @@ class State:
 
     def _soon(self, job: Callable[[], None]) -> None:
         """For the ticker: on an I/O thread, unless that of the last time goes on, for which it would mostly wait."""
-        if self._job is None or self._job.done():
+        if (last := self._jobs.get(job.__name__)) is None or last.done():
             with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again
-                self._job = self._source.runtime.submit(job)
+                self._jobs[job.__name__] = self._source.runtime.submit(job)
 
     def tidy(self) -> None:
         """Publish and forget a log that nobody has open any more, if there is one."""
