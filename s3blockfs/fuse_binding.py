@@ -216,8 +216,11 @@ class Mounted(fuse.FUSE):  # type: ignore[misc]  # fusepy has no types
         try:
             super().__init__(operations, mountpoint, raw_fi=True, foreground=True, **options)
         except RuntimeError:  # fuse_main's exit status, always 1
-            said = f"{mountpoint} cannot be mounted: libfuse has just said why; `s3blockfs doctor` may know more"
-            self._failure = self._failure or EnvironmentProblem(said)
+            if self._up_or_ended.is_set():  # libfuse does not know the kernel's answer while it aborts a request
+                log.warning("%s: unmounted while requests were under way", mountpoint)
+            else:
+                said = f"{mountpoint} cannot be mounted: libfuse has just said why; `s3blockfs doctor` may know more"
+                self._failure = self._failure or EnvironmentProblem(said)
         finally:
             self._up_or_ended.set()
             self.events.put("ended")

@@ -1,4 +1,4 @@
-"""A daemon that is killed while it waits for its own mount."""
+"""How mounts end: a daemon that is killed while it waits for its own mount, and requests at the unmount."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from memory_fs import mount_line, until
 from mounting import PATIENCE_S, Client, Place, mounted, shell
 from proxy import Fault, FaultProxy
 
+from s3blockfs.errors import EnvironmentProblem
+from s3blockfs.fuse_binding import Mounted, Operations
 from s3blockfs.mountpoint import clear_dead_mount
 
 pytestmark = pytest.mark.mount
@@ -88,3 +90,18 @@ def test_it_goes_with_the_unmount(place: Place, tmp_path: Path, proxy: FaultProx
         until(lambda: not arguments_of(other), 1.5)
         assert mount.process.poll() is None
         assert mount.wait() == 0
+
+
+@pytest.mark.parametrize("was_up", [True, False])
+def test_an_abort_by_the_unmount_is_no_failure(monkeypatch: pytest.MonkeyPatch, was_up: bool) -> None:
+    """The kernel answers ECONNABORTED to a thread that is just reading a request; libfuse then exits with 1. One of 25
+    unmounts right after a program with 60 open files was killed."""
+
+    def main(mounted: Mounted, *_: object, **__: object) -> None:
+        if was_up:
+            mounted._up_or_ended.set()
+        raise RuntimeError(1)
+
+    monkeypatch.setattr(Mounted.__mro__[1], "__init__", main)
+    with contextlib.nullcontext() if was_up else pytest.raises(EnvironmentProblem, match="cannot be mounted"):
+        Mounted().run(Operations(), "/mnt", {})
