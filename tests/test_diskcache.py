@@ -118,7 +118,10 @@ def test_a_damaged_file_is_fetched_again(damage: str, machine: Machine) -> None:
             )
     assert machine.read() == (0 if damage == "longer" else OBJECTS)
     machine.restart()
-    assert machine.read() == (OBJECTS if damage in ("folder", "link") else 0)
+    if damage in ("folder", "link"):
+        assert machine.read() == OBJECTS
+    else:  # of many at a time some are not kept: then the next read keeps them
+        assert any(machine.read() == 0 for _ in range(OBJECTS))
     machine.restart()
     assert {path.stat().st_mtime for path in aside.iterdir()} <= {1}
 
