@@ -83,8 +83,10 @@ def lifeline(mountpoint: str) -> Iterator[tuple[Callable[[], None], Callable[[],
 
     The kernel would find out when the last thread has ended. One that was waiting for its own mount (for a page of
     `-shm` to be written back, say) never does, and everybody who uses the mount would hang with it."""
-    main = "import sys; sys.path[:] = filter(None, sys.path); from s3blockfs.mountpoint import hold; hold(sys.argv[1])"
-    line, nowhere = [sys.executable, "-c", main, mountpoint], subprocess.DEVNULL
+    main = (
+        "import sys; sys.path[:] = filter(None, sys.path); from s3blockfs.mountpoint import hold; hold(*sys.argv[1:])"
+    )
+    line, nowhere = [sys.executable, "-c", main, mountpoint, str(os.getpid())], subprocess.DEVNULL
     with subprocess.Popen(line, bufsize=0, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, cwd="/") as child:
         pipe = child.stdin
         assert pipe is not None
@@ -103,8 +105,8 @@ def lifeline(mountpoint: str) -> Iterator[tuple[Callable[[], None], Callable[[],
             child.kill()
 
 
-def hold(mountpoint: str) -> None:
-    """What the other process does."""
+def hold(mountpoint: str, daemon: str) -> None:
+    """What the other process does for that of this number."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which go to a whole terminal or service
         signal.signal(each, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -112,7 +114,12 @@ def hold(mountpoint: str) -> None:
     if not sys.stdin.buffer.readline():
         return  # there never was a mount
     before = _entry(mountpoint)
-    signal.sigwait([signal.SIGUSR1])
+    try:
+        state = Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return  # it ended before it could be asked for that signal
+    if state != "Z":  # its first thread has ended, likewise
+        signal.sigwait([signal.SIGUSR1])
     path, kind, number = _entry(mountpoint)
     if (path, kind, number) != before or kind != f"fuse.{SUBTYPE}":
         return  # unmounted, perhaps something else by now

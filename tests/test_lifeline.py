@@ -105,3 +105,21 @@ def test_an_abort_by_the_unmount_is_no_failure(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Mounted.__mro__[1], "__init__", main)
     with contextlib.nullcontext() if was_up else pytest.raises(EnvironmentProblem, match="cannot be mounted"):
         Mounted().run(Operations(), "/mnt", {})
+
+
+def test_it_goes_with_a_daemon_that_dies_at_once(tmp_path: Path) -> None:
+    """Before the second process could ask to be told."""
+    code = """
+import os, subprocess, sys
+from s3blockfs.mountpoint import lifeline
+with lifeline(sys.argv[1]) as (is_mounted, _):
+    is_mounted()
+    print(open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    other = int(shell(sys.executable, "-c", code, tmp_path).stdout)
+    try:
+        until(lambda: not arguments_of(other))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(other, signal.SIGKILL)
