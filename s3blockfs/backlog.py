@@ -23,17 +23,17 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def scan(self, file: SideFile) -> bool:
-        """Find what was committed since the last time; whether there was anything."""
+    def scan(self, file: SideFile) -> int:
+        """Find what was committed since the last time: how many transactions."""
         with self._mutex:
             since = self.end or wal.start(file.read(0, wal.HEADER_BYTES))
             if since is None or (found := wal.committed(file.read, since)) is None:
-                return False
+                return 0
             self._published = self._published or since
             self.end = found.end
             self._waiting.append(found)
             self._wait()
-            return True
+            return found.transactions
 
     def take(self) -> list[wal.Committed]:
         """All that waits, to be published now; it stays until `done`. What comes meanwhile has a time of its own."""

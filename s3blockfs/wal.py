@@ -44,6 +44,7 @@ class Committed(NamedTuple):
     cut: int  # bytes of the database beyond this offset are not those from before
     size: int  # of the database, in bytes
     end: Position
+    transactions: int
 
 
 def has_index(headers: bytes) -> bool:
@@ -94,7 +95,7 @@ def empty_index(salts: bytes) -> bytes:
 
 def committed(read: Reader, since: Position) -> Committed | None:
     """All transactions behind `since` that are complete; None if there is none."""
-    position, found = since, None
+    position, found, transactions = since, None, 0
     pages: dict[int, int] = {}
     cut: int | None = None
     size = since.page_size
@@ -112,5 +113,6 @@ def committed(read: Reader, since: Position) -> Committed | None:
             if max(pages) >= end:
                 pages = {offset: place for offset, place in pages.items() if offset < end}
             cut = end if cut is None else min(cut, end)
-            found = Committed(dict(pages), cut, end, position)
+            transactions += 1
+            found = Committed(dict(pages), cut, end, position, transactions)
     return found

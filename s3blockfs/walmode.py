@@ -48,6 +48,7 @@ class WalDatabase(MountedDatabase):
         self._pending = Backlog(self._source.runtime)
         self._doubtful: wal.Position | None = None  # the end of what was published last, or not: see `_doubt`
         self._broken = False  # a commit failed, and its writer perhaps does not know yet
+        self._unsynced = 0  # transactions of an exclusive session since the last fsync of the log
         self._header: tuple[bytes, float] | None = None  # what was taken from the index to hold readers back, and when
         self._begun, self._threads = False, dict[int, int]()  # who has the write lock writes; who took which lock
         self.forget_pages: Callable[[SideFile], None] = lambda side: None  # the kernel's, after it wrote them back
@@ -71,17 +72,14 @@ class WalDatabase(MountedDatabase):
         return self._view.truncate(size, publish=False)
 
     def sync(self, pid: int, commits: Callable[[str | None], bool] = lambda name: False) -> None:
-        if not self.is_logged:
-            return super().sync(pid, commits)
-        return self._require_settled()
+        return self._require_settled() if self.is_logged else super().sync(pid, commits)
 
     def close_handle(self, pid: int) -> None:
-        if self.is_logged:
-            with self._changing():
-                self._require_settled()
-                self._flush()
-        else:
-            super().close_handle(pid)
+        if not self.is_logged:
+            return super().close_handle(pid)
+        with self._changing():
+            self._require_settled()
+            return self._flush()
 
     def owner_closes(self, owner: Hashable) -> bool:
         return False if self.is_logged else super().owner_closes(owner)
@@ -107,9 +105,8 @@ class WalDatabase(MountedDatabase):
 
     def _before_grant(self, owner: Hashable, level: Level, kind: Kind, start: int, end: int) -> None:
         super()._before_grant(owner, level, kind, start, end)
-        if kind is Kind.WRITE and (start, end) == (SHARED_FIRST, SHARED_LAST) and not self._journal_is_hot():
-            if self.locks.holds(owner, RESERVED_BYTE, RESERVED_BYTE):
-                return
+        wants_all = kind is Kind.WRITE and (start, end) == (SHARED_FIRST, SHARED_LAST)
+        if wants_all and not (self._journal_is_hot() or self.locks.holds(owner, RESERVED_BYTE, RESERVED_BYTE)):
             # locking_mode=EXCLUSIVE: from inside a transaction, or before there is an index. Not the last close.
             in_wal = header.sets_wal(0, self._view.read(0, header.HEADER_BYTES))
             opens = in_wal and self._side_files.get(self.path + INDEX_SUFFIX) is None
@@ -303,11 +300,14 @@ class WalDatabase(MountedDatabase):
             checks = thread and thread == self._threads.get(CHECKPOINT) and self._is_checkpointing()
             # A thread that checkpoints knows nothing of what another of its process is about to commit.
             found = (writer is None or (writer.pid == pid and not checks)) and self._scan()
+            if writer is None:  # with locking_mode=EXCLUSIVE FULL waits for one, NORMAL has several behind it
+                found = self._unsynced == 1
+            self._unsynced = 0
             try:
                 self._require_settled()
                 self._flush(ends=found)
             except BaseException:
-                if found:  # of a writer with locking_mode=EXCLUSIVE nobody knows what it takes for committed
+                if found:
                     self._broken = True
                     if writer is not None:
                         self._cut(before)
@@ -337,7 +337,9 @@ class WalDatabase(MountedDatabase):
     def _scan(self) -> bool:
         """Find what was committed since the last time; whether there was anything."""
         file = self._log()
-        return file is not None and self.is_logged and not self._broken and self._pending.scan(file)
+        found = self._pending.scan(file) if file is not None and self.is_logged and not self._broken else 0
+        self._unsynced = (self._unsynced + found) * self._is_exclusive()
+        return found > 0
 
     def _flush(self, ends: bool = False) -> None:
         """Publish all that is pending, as one commit; `ends`: what the current writer commits is in it."""
@@ -400,7 +402,7 @@ class WalDatabase(MountedDatabase):
             self._view.move(self._ahead.snapshot)
         self._pending.clear()
         self._ahead = None
-        self._broken, self._begun, self._header = False, False, None
+        self._broken, self._begun, self._header, self._unsynced = False, False, None, 0
 
     def _leave(self) -> None:
         """Another state comes. The log's content is in S3, or lost. Connections find an empty one, and know by

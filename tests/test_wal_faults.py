@@ -298,7 +298,8 @@ def test_writer_beside_a_checkpoint_needs_the_lease(taken: bool) -> None:
             assert here.database._lease.is_held is not taken
 
 
-def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
+@pytest.mark.parametrize("looked", [False, True], ids=["", "the background looked before its fsync"])
+def test_failed_commit_of_an_exclusive_writer_never_counts(looked: bool) -> None:
     """It has no locks of the index, so its log cannot be cut under it: nothing of it is published, until it lets go."""
 
     def rule(call: Call, when: str) -> None:
@@ -311,8 +312,11 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
         before = connection.files()
         (_, log), _ = ran(before, insert(2, 1, 100))
         world.store.rule = rule
+        connection.append(before[1], log, sync=False)
+        if looked:
+            until(lambda: wait(connection) or len(connection.database._pending) > 0)
         with pytest.raises(StoreUnavailable):
-            connection.append(before[1], log, sync=True)
+            connection.database.log_sync(1, 1)
         world.store.rule = None
         with pytest.raises(OSError, match="a commit failed"):
             connection.database.log_sync(1, 1)  # its next checkpoint
@@ -325,6 +329,26 @@ def test_failed_commit_of_an_exclusive_writer_never_counts() -> None:
         assert elsewhere(world) == connection.rows() == old
         connection.commit(insert(3, 1, 100), sync=True)
         assert elsewhere(world) == connection.rows() != old
+
+
+def test_checkpoint_in_an_outage_takes_nothing_from_an_exclusive_session() -> None:
+    """With synchronous=NORMAL: several transactions without an fsync have been acknowledged."""
+
+    def rule(call: Call, when: str) -> None:
+        raise StoreUnavailable("outage")
+
+    with connected(sync=True) as (world, connection):
+        with connection.locked(Kind.READ, MY_READ):
+            connection.process.exclusive()
+        before = connection.files()
+        after, new = ran(before, insert(2, 1, 100), insert(3, 1, 100))
+        connection.append(before[1], after[1], sync=False)
+        world.store.rule = rule
+        with pytest.raises(StoreUnavailable):
+            connection.database.log_sync(1, 1)
+        world.store.rule = None
+        wait(connection)
+        assert elsewhere(world) == new
 
 
 def test_writer_that_died_leaves_nothing_that_looks_begun() -> None:
