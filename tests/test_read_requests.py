@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from inprocess import connect
 from mounting import Client, Place, command, mounted
-from proxy import FaultProxy, Request
+from proxy import Fault, FaultProxy, Request
 
 pytestmark = pytest.mark.mount
 
@@ -112,6 +112,7 @@ def twice(wire: Wire) -> set[tuple[str, int]]:
 
 def test_one_row_by_key(cold: tuple[Ask, Wire], capsys: pytest.CaptureFixture[str]) -> None:
     ask, wire = cold
+    wire.rule = lambda request: Fault(delay_s=0.3)  # longer than a busy machine takes to begin two requests at once
     assert ask("SELECT length(data) FROM t WHERE id = 4711") == [(1000,)]
     with capsys.disabled():
         print(
