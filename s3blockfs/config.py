@@ -40,6 +40,9 @@ class Config:
     retain_s: float = _option(24 * HOUR_S, "how long replaced states are kept, at least 1h")
     exclusive: bool = _option(False, "keep the lease of every database that is open here; no WAL", mount=True)
     read_only: bool = _option(False, "refuse to write")
+    direct_io: bool = _option(
+        False, "past the kernel's pages: with --read-only, each descriptor follows by itself", mount=True
+    )
     only_writer: bool = _option(False, "promise that nobody else ever writes: for stores without conditional PUTs")
     spill_dir: str | None = _option(None, "where uncommitted bytes are kept (default: $TMPDIR or /var/tmp)")
     endpoint_url: str | None = _option(None, "an S3 service other than AWS, such as https://minio.example:9000")

@@ -9,8 +9,7 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
 from itertools import count
 from pathlib import Path
@@ -22,6 +21,7 @@ from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
 from s3blockfs.exclusive import ExclusiveDatabase
 from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread, trim
+from s3blockfs.handle import Handle, OwnState
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
@@ -39,19 +39,6 @@ TRIM_EVERY_S = 30.0  # takes milliseconds
 QUIESCE_S = 5.0  # how long a daemon that was asked to end waits for write transactions of applications
 
 
-@dataclass(slots=True, eq=False)
-class _Handle:
-    """`failed`: what was written through this handle is lost, so no later call on it may succeed."""
-
-    file: Database | SideFile
-    readahead: Readahead
-    shown: Shown | None = None
-    wrote: bool = False
-    failed: bool = False
-    owners: set[Hashable] = field(default_factory=set)
-    reader: int | None = None  # the process that opened it, if for reading only
-
-
 class FileSystem(Operations):
     """One mount."""
 
@@ -63,14 +50,15 @@ class FileSystem(Operations):
         self._names = MountedNames(catalog)
         if config.exclusive:
             catalog.kind = ExclusiveDatabase
-            self.lock = None  # type: ignore[assignment]  # so the kernel decides by itself
         elif not config.read_only:  # who may not write `-wal` and `-shm` is shown a database in rollback mode
             catalog.kind = WalDatabase
+        if config.exclusive or config.direct_io:
+            self.lock = None  # type: ignore[assignment]  # so the kernel decides by itself
         self._mountpoint = os.path.realpath(mountpoint)
         self.on_end: Callable[[], None] = lambda: None  # called when it is unmounted
         self._ending, self._lock = False, threading.Lock()
-        self._handles, self._numbers = dict[int, _Handle](), count(1)
-        self._kernel = KernelCache(self, config.refresh_s, config.exclusive)
+        self._handles, self._numbers = dict[int, Handle](), count(1)
+        self._kernel = KernelCache(self, config)
         self.timeouts = self._kernel.timeouts
         uid, gid = config.uid, config.gid
         self._owner = {"st_uid": os.getuid() if uid is None else uid, "st_gid": os.getgid() if gid is None else gid}
@@ -238,12 +226,12 @@ class FileSystem(Operations):
         if isinstance(handle.file, SideFile):
             return handle.file.read(offset, size)
         self._require_not_moved(handle.file, handle.shown)
-        return handle.file.read(offset, size, handle.readahead)
+        return (handle.own or handle.file).read(offset, size, handle.readahead)
 
     def write(self, path: str | None, data: bytes, offset: int, info: FileInfo) -> int:
         handle = self._handles[info.fh]
         if isinstance(file := handle.file, Database):
-            self._require_sound(handle)
+            handle.require_sound()
             handle.wrote = True
             file.write(offset, data, handle.owners)
             return len(data)
@@ -301,7 +289,7 @@ class FileSystem(Operations):
         elif handle.wrote:
             self._durably(handle, database, lambda: database.close_handle(context_pid()))
         else:
-            self._require_sound(handle)
+            handle.require_sound()
 
     def release(self, path: str | None, info: FileInfo) -> None:
         with self._lock:
@@ -333,7 +321,7 @@ class FileSystem(Operations):
             except BaseException:
                 handle.failed |= indexed is None  # its pages are not what was published, and it does not know
                 raise
-        self._require_sound(handle)
+        handle.require_sound()
         self._require_not_moved(database, shown)
         kind = Kind.WRITE if lock.l_type == F_WRLCK else Kind.READ
         if command == F_GETLK:
@@ -358,11 +346,11 @@ class FileSystem(Operations):
 
     # --- helpers ---------------------------------------------------------------------------------------
 
-    def _truncate(self, handle: _Handle, length: int) -> None:
+    def _truncate(self, handle: Handle, length: int) -> None:
         if isinstance(handle.file, SideFile):
             self._truncate_side(handle.file, length)
         else:
-            self._require_sound(handle)
+            handle.require_sound()
             handle.wrote = True
             handle.file.truncate(length, handle.owners)
 
@@ -373,9 +361,9 @@ class FileSystem(Operations):
             logged.log_truncate(length)
         side.truncate(length)
 
-    def _durably(self, handle: _Handle, database: Database, publish: Callable[[], None]) -> None:
+    def _durably(self, handle: Handle, database: Database, publish: Callable[[], None]) -> None:
         """Run a commit point that no lock protects: if it fails, everything written through the handle is lost."""
-        self._require_sound(handle)
+        handle.require_sound()
         try:
             publish()
         except BaseException:
@@ -384,12 +372,6 @@ class FileSystem(Operations):
             else:
                 handle.failed |= not database.locks.writers()
             raise
-
-    @staticmethod
-    def _require_sound(handle: _Handle) -> None:
-        if handle.failed:
-            text = "what was written through this descriptor is lost; open it again"
-            raise OSError(errno.EIO, f"{handle.file.path}: {text}")
 
     @staticmethod
     def _require_not_moved(database: Database, shown: Shown | None) -> None:
@@ -445,7 +427,7 @@ class FileSystem(Operations):
         database = self._catalog.opened_at(stem) if dash + kind in SUFFIXES else None
         return path[1:] if database is None else f"{database.path}-{kind}"
 
-    def _add_database(self, info: FileInfo, database: Database, looked_up: str | None = None) -> _Handle:
+    def _add_database(self, info: FileInfo, database: Database, looked_up: str | None = None) -> Handle:
         """`looked_up`: the kernel knows its attributes by that path."""
         self._hold(database)
         try:
@@ -457,6 +439,8 @@ class FileSystem(Operations):
         shown = self._kernel.opened(database, info)
         handle = self._add_handle(info, database)
         handle.shown = shown
+        if self._config.direct_io and not isinstance(database, Past):
+            handle.own = OwnState(database, self._config.refresh_s)
         if isinstance(database, MountedDatabase) and info.flags & os.O_ACCMODE == os.O_RDONLY:
             handle.reader = context_pid()
             with self._lock:
@@ -481,17 +465,30 @@ class FileSystem(Operations):
             database.let_go()
         self._catalog.release(database)
 
-    def _add_handle(self, info: FileInfo, file: Database | SideFile) -> _Handle:
-        handle = _Handle(file, Readahead(self._config.readahead_size))
+    def _add_handle(self, info: FileInfo, file: Database | SideFile) -> Handle:
+        handle = Handle(file, Readahead(self._config.readahead_size))
         with self._lock:
             info.fh = next(self._numbers)
             self._handles[info.fh] = handle
         return handle
 
+    def _told(self, database: Database) -> int:
+        """The size for all that have it open, each of which may show another state: one inode has one size."""
+        with self._lock:
+            owns = [handle.own for handle in self._handles.values() if handle.file is database and handle.own]
+        if not all(own.begun for own in owns):
+            database.refresh(self._config.refresh_s)
+        state, thread = database.shown, context_thread()
+        for own in owns:
+            own.told(thread, state)
+        return max([state.head.size, *(own.size for own in owns)])
+
     def _attributes(self, file: Database | SideFile | Entry) -> Attributes:
         past = isinstance(file, Past) or (isinstance(file, Entry) and file.is_fixed)
         umask = self._umask | 0o222 * past
         mode, size = stat.S_IFREG | 0o666 & ~umask, file.size
+        if self._config.direct_io and isinstance(file, Database):
+            size = self._told(file)
         if isinstance(file, Entry) and file.is_folder:
             mode = stat.S_IFDIR | 0o777 & ~umask
         elif isinstance(file, Entry) and file.shown_as is not None:

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from cachetools import LRUCache
 
+from s3blockfs.config import Config
 from s3blockfs.database import Database, Plain
 from s3blockfs.exclusive import ExclusiveDatabase
 from s3blockfs.fuse_binding import FileInfo, LookAgain, Operations
@@ -48,11 +49,11 @@ class Shown:
 class KernelCache:
     """That of one mount."""
 
-    def __init__(self, face: Operations, refresh_s: float, exclusive: bool) -> None:
-        self._face, self._exclusive = face, exclusive
-        self._attributes_s = refresh_s if refresh_s >= SHORT_S else 0
-        self.timeouts = {"negative_timeout": str(refresh_s / 2), "attr_timeout": str(self._attributes_s)}
-        if exclusive:  # the engine removes journals of the dead only, and `open` finds out about the rest
+    def __init__(self, face: Operations, config: Config) -> None:
+        self._face, self._config = face, config
+        self._attributes_s = config.refresh_s if config.refresh_s >= SHORT_S and not config.direct_io else 0
+        self.timeouts = {"negative_timeout": str(config.refresh_s / 2), "attr_timeout": str(self._attributes_s)}
+        if config.exclusive:  # the engine removes journals of the dead only, and `open` finds out about the rest
             self.timeouts["entry_timeout"] = str(self._attributes_s)
         self._sizes: LRUCache[str, int] = LRUCache(SIZES_KEPT)
         self._lock = threading.Lock()
@@ -78,14 +79,14 @@ class KernelCache:
         """One more handle: fills in what the kernel may keep."""
         with self._lock:
             shown = self._shown.setdefault(database, Shown())
-            if shown.handles == 0 and self._exclusive:
+            if shown.handles == 0 and self._config.exclusive:
                 shown.direct = any(_is_lost(other) for other, at in self._shown.items() if at.handles)
             shown.handles += 1
             # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
             current = shown.inode is not None or shown.pages_of == database.version.head.commit
             info.keep_cache = int(current and not shown.stale)
             # An inode has one page cache, for whichever versions of an object were opened under its name.
-            info.direct_io = int(isinstance(database, Plain) or shown.direct)
+            info.direct_io = int(isinstance(database, Plain) or shown.direct or self._config.direct_io)
             database.on_moved = partial(self.invalidate, database)
             if isinstance(database, WalDatabase):
                 database.forget_pages = self.forget_pages

@@ -86,6 +86,11 @@ class State:
         return self._latest.snapshot.version
 
     @property
+    def shown(self) -> Snapshot:
+        """The file that reads show, uncommitted bytes apart."""
+        return self._view.snapshot
+
+    @property
     def _latest(self) -> View:
         return self._ahead or self._view
 

@@ -36,7 +36,7 @@ class View:
         """Fewer bytes at the end of the file, none past it. Raises what reading the snapshot raises."""
         if (clean := self._clean) is not None:
             near = clean.near(offset, length)
-            return _committed(clean, offset, length, readahead) if near is None else near
+            return committed(clean, offset, length, readahead) if near is None else near
         with self._mutex:
             snapshot, dirty = self.snapshot, self.dirty
             end = min(offset + length, dirty.size)
@@ -46,7 +46,7 @@ class View:
             own = [(low, dirty.read(low, high)) for low, high in dirty.ranges(offset, end)]
         if len(own) == 1 and len(own[0][1]) == end - offset:
             return own[0][1]
-        data = _committed(snapshot, offset, base_end - offset, readahead) if base_end > offset else b""
+        data = committed(snapshot, offset, base_end - offset, readahead) if base_end > offset else b""
         if not own and len(data) == end - offset:
             return data
         merged = bytearray(data.ljust(end - offset, b"\0"))
@@ -101,7 +101,8 @@ class View:
         return Dirty(spill_folder(self._config.spill_dir), self.snapshot.head.block_size, self.snapshot.head.size)
 
 
-def _committed(snapshot: Snapshot, offset: int, length: int, readahead: Readahead | None) -> bytes:
+def committed(snapshot: Snapshot, offset: int, length: int, readahead: Readahead | None) -> bytes:
+    """Read, and fetch what a sequential reader will want."""
     if readahead is not None and (ahead := readahead.next_range(offset, length, snapshot.head.size)):
         snapshot.prefetch(*ahead)  # before this read waits, so that both are under way at once
     return snapshot.read(offset, length)

@@ -94,6 +94,8 @@ def _serve(target: options.Target, given: str) -> int:
     config, in_background = options.settings().config, os.environ.pop(DAEMON_VARIABLE, None)
     if config.exclusive and (config.read_only or not config.lease_s):
         raise UsageError("--exclusive means to hold leases: leave out --read-only and --lease 0")
+    if config.direct_io and not config.read_only:
+        raise UsageError("--direct-io is for mounts that only read: add --read-only")
     mountpoint.require()
     if mountpoint.clear_dead_mount(given):
         options.complain(f"cleared a dead mount on {given}")
