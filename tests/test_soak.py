@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mount
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seconds", [15, pytest.param(300, marks=pytest.mark.long)])
 def test_a_sample(place: Place, tmp_path: Path, seconds: float, capsys: pytest.CaptureFixture[str]) -> None:
-    """In every journal mode, by five processes on three machines, of which some are killed: one state at a time."""
+    """In every journal mode, by six processes on four machines, of which some are killed: one state at a time."""
     seed = random.SystemRandom().randrange(1 << 32)
     with capsys.disabled():
         soak = Soak(place, tmp_path, random.Random(seed), print)

@@ -1,6 +1,7 @@
-"""Two mounts, on each a process with Python's sqlite3 and one with APSW, and one process without a mount; three
-databases: in rollback mode (each process with a journal mode of its own), in WAL mode with synchronous=FULL, and with
-NORMAL. For hours. Processes are killed now and then, and so is the daemon of one mount."""
+"""Two mounts, on each a process with Python's sqlite3 and one with APSW; a third that is read-only (`--direct-io`),
+and on it a process whose threads overlap; one process without a mount. Three databases: in rollback mode (each
+process with a journal mode of its own), in WAL mode with synchronous=FULL, and with NORMAL. For hours. Processes
+are killed now and then, and so is the daemon of one mount."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class Soak:
         ledgers = self.folder / "ledgers"
         ledgers.mkdir()
         with contextlib.ExitStack() as stack:
-            machines = {name: self._machine(stack, name) for name in ("here", "there", "none")}
+            machines = {name: self._machine(stack, name) for name in ("here", "there", "watch", "none")}
             self._make(machines["here"])
             for name in machines:
                 self._start(machines, name, None)
@@ -85,7 +86,10 @@ class Soak:
 
     def _machine(self, stack: contextlib.ExitStack, name: str, root: Path | None = None) -> Machine:
         own = stack.enter_context(contextlib.ExitStack())
-        mount = None if name == "none" else own.enter_context(mounted(self.place, self.folder, *OPTIONS, root=root))
+        more = ("--read-only", "--direct-io") if name == "watch" else ()
+        mount = (
+            None if name == "none" else own.enter_context(mounted(self.place, self.folder, *OPTIONS, *more, root=root))
+        )
         return Machine(mount, own)
 
     def _make(self, machine: Machine) -> None:
@@ -100,6 +104,10 @@ class Soak:
         if machine.mount is None:
             keys = {database: f"{place.prefix}/{database}".strip("/") for database in DATABASES}
             jobs = [replace(base, library="s3blockfs", databases=keys, bucket=place.bucket, url=place.url)]
+        elif where == "watch":
+            jobs = [
+                replace(base, databases={database: str(machine.mount / database) for database in DATABASES}, readers=3)
+            ]
         else:
             paths = {database: str(machine.mount / database) for database in DATABASES}
             modes = ("DELETE", "TRUNCATE") if where == "here" else ("PERSIST", "MEMORY")

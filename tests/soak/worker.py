@@ -62,6 +62,8 @@ class Job:
     seed: int
     journal_mode: str
     """Of writers to databases that are not in WAL mode."""
+    readers: int = 0
+    """So many threads that read, of each database; 0: one, beside one that writes."""
     bucket: str = ""
     url: str = ""
     chores: list[str] = field(default_factory=lambda: ["VACUUM", "shape", "checkpoint"])
@@ -223,7 +225,7 @@ class Worker:
     def run(self) -> None:
         threads = []
         for index, database in enumerate(self.job.databases):
-            for kind, work in enumerate((self._write, self._read)):
+            for kind, work in enumerate([self._read] * self.job.readers or [self._write, self._read]):
                 rng = random.Random(self.job.seed * 100 + index * 10 + kind)
                 threads.append(threading.Thread(target=self._guarded, args=[work, database, rng]))
         for thread in threads:
