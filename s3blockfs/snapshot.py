@@ -378,7 +378,7 @@ def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]
 
 
 def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, cache: BlockCache | None = None) -> Index:
-    """With a `cache` also the frame before it, if that is small. Raises DamagedObject, StoreError."""
+    """With a `cache` also frames before it, if they are small. Raises DamagedObject, StoreError."""
     key = segment.ref.key(prefix)
     if segment.index_length > codec.MAX_FRAME_BYTES:
         raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
@@ -386,7 +386,7 @@ def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, ca
     name, start = f"{store.name}/{key}", segment.index_pos - skip
     body = _get(store, key, site, start, skip + segment.index_length)
     index = codec.decode_index(body[skip:], segment.ref.uid, segment.index_crc, name)
-    for address in [entry.address(segment.ref) for entry in index.extents[-1:] if entry.pos >= start]:
+    for address in [entry.address(segment.ref) for entry in index.extents if entry.pos >= start and skip]:
         with suppress(DamagedObject, NewerFormat):  # whoever needs it will meet that
             data = codec.decode_frame(body[address.pos - start : address.end - start], address, name)
             if cache is not None:

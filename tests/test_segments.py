@@ -23,6 +23,20 @@ def world() -> Iterator[World]:
         yield made
 
 
+def test_it_comes_in_pieces_as_well(world: World) -> None:
+    """As a commit changes it: here a counter, there a number of pages."""
+    database = world.machine().create(PREFIX, exclusive=True)
+    for number in range(1, 100):
+        database.write(number * 100_000, noise(number))
+    for offset in (28, 60, 92):
+        database.write(offset, b"1234")
+    database.close_handle(0)
+    opened = world.machine().open(PREFIX)
+    world.store.calls.clear()
+    assert opened.read(0, 100) == bytes(28) + (b"1234" + bytes(28)) * 2 + b"1234" + bytes(4)
+    assert world.store.calls == []
+
+
 def test_the_start_of_the_file_comes_with_the_index(world: World) -> None:
     """Whoever opens a database reads that first: also in a segment it takes no request of its own. If it is damaged,
     the database can be opened all the same, and who reads it is told."""
