@@ -20,11 +20,12 @@ from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
 from s3blockfs.exclusive import ExclusiveDatabase
-from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread, trim
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread
 from s3blockfs.handle import Handle, OwnState
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
+from s3blockfs.malloc import trim
 from s3blockfs.names import Entry
 from s3blockfs.overlap import MountedDatabase
 from s3blockfs.past import MountedNames
