@@ -8,7 +8,6 @@ import logging
 import os
 import stat
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable
 from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
 from itertools import count
@@ -297,8 +296,8 @@ class FileSystem(Operations):
             handle = self._handles.pop(info.fh)
             if isinstance(database := handle.file, SideFile):
                 return
-            if isinstance(database, MountedDatabase) and handle.reader is not None:
-                database.only_read = database.only_read - Counter([handle.reader])
+            if isinstance(database, MountedDatabase):
+                database.closed(handle.pid, handle.only_reads)
         self._kernel.closed(database)
         self._release(database)
 
@@ -442,10 +441,10 @@ class FileSystem(Operations):
         handle.shown = shown
         if self._config.direct_io and not isinstance(database, Past):
             handle.own = OwnState(database, self._config.refresh_s)
-        if isinstance(database, MountedDatabase) and info.flags & os.O_ACCMODE == os.O_RDONLY:
-            handle.reader = context_pid()
+        if isinstance(database, MountedDatabase):
+            handle.pid, handle.only_reads = context_pid(), info.flags & os.O_ACCMODE == os.O_RDONLY
             with self._lock:
-                database.only_read = database.only_read + Counter([handle.reader])
+                database.opened(handle.pid, handle.only_reads)
         if isinstance(database, ExclusiveDatabase):
             handle.owners.add(context_pid())
         return handle
