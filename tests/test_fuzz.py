@@ -253,6 +253,14 @@ def test_bombs(size: int) -> None:
             act()
 
 
+def test_a_tail_of_very_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be empty: five million of them fit into a head, and took 1.5 GB."""
+    monkeypatch.setattr(tail, "MAX_RAW_BYTES", 1 << 19)
+    body = tail._RECORD.pack(1, b"i" * 16, 0, 0, 0, 9999) + b"".join(tail._CHUNK.pack(n, 0, 0, 0) for n in range(9999))
+    with pytest.raises(DamagedObject):
+        Tail.decode(body, "it")
+
+
 def test_a_frame_that_an_index_names_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the index, with which it is fetched. A small one can unpack to megabytes each time."""
     built = data.build(UID, LOG, [(0, 5, bytes(4096))])
