@@ -191,7 +191,7 @@ class BlockCache:
             queue, self._queue = self._queue, {}
             for run in queue:
                 for address in run.addresses:
-                    del self._inflight[run.prefix, address.ref, address.pos]
+                    self._inflight.pop((run.prefix, address.ref, address.pos), None)  # it may be there twice
 
     def _fetch_run(self, run: _Run, on_miss: OnMiss = lambda offset: None) -> None:
         """From the disk, or by one GET; resolves the run, whatever happens."""

@@ -23,7 +23,7 @@ from cachetools import LRUCache
 from s3blockfs import header
 from s3blockfs.blockmap import NO_END, BlockMap
 from s3blockfs.cache import BlockCache
-from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, TooOld
+from s3blockfs.errors import DamagedObject, NewerFormat, ObjectNotFound, S3BlockFSError, TooOld
 from s3blockfs.format import data as codec
 from s3blockfs.format import extents as map_codec
 from s3blockfs.format import head as head_codec
@@ -239,11 +239,11 @@ class Snapshot:
                 self._source.runtime.submit(partial(self.prefetch, *ahead))
 
     def prefetch(self, offset: int, end: int) -> None:
-        """Start fetching what a read of these bytes would need."""
+        """Start fetching what a read of these bytes would need. What is wrong with a leaf of the map it will meet."""
         size, end = self.head.block_size, min(end, self.head.size)
-        with self._source.reading(self.head):
+        with suppress(S3BlockFSError):
             frames = self._frames(offset // size, -(-end // size)) or _addresses(self._plan(offset, end))
-        self._source.cache.prefetch(self._source.prefix, frames)
+            self._source.cache.prefetch(self._source.prefix, frames)
 
     def pieces(self, ahead: int) -> Iterator[bytes]:
         """The whole file as it is shown, from start to end, while the next `ahead` bytes are being fetched."""
@@ -378,7 +378,7 @@ def segment_pieces(ref: ObjectRef, entries: Iterable[IndexEntry]) -> list[Piece]
 
 
 def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, cache: BlockCache | None = None) -> Index:
-    """With a `cache` also frames before it, if they are small. Raises DamagedObject, StoreError."""
+    """With a `cache` also frames before it, if they are small, each once. Raises DamagedObject, StoreError."""
     key = segment.ref.key(prefix)
     if segment.index_length > codec.MAX_FRAME_BYTES:
         raise DamagedObject(f"{store.name}/{key}: an index of {segment.index_length} bytes")
@@ -386,7 +386,7 @@ def fetch_index(store: ObjectStore, prefix: str, segment: Segment, site: str, ca
     name, start = f"{store.name}/{key}", segment.index_pos - skip
     body = _get(store, key, site, start, skip + segment.index_length)
     index = codec.decode_index(body[skip:], segment.ref.uid, segment.index_crc, name)
-    for address in [entry.address(segment.ref) for entry in index.extents if entry.pos >= start and skip]:
+    for address in {e.pos: e.address(segment.ref) for e in index.extents if e.pos >= start and skip}.values():
         with suppress(DamagedObject, NewerFormat):  # whoever needs it will meet that
             data = codec.decode_frame(body[address.pos - start : address.end - start], address, name)
             if cache is not None:

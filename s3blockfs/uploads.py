@@ -105,13 +105,13 @@ class Uploads:
                 put(timeout_s=self._left_s())
             else:
                 future.result(self._left_s())
-        except (StoreError, FutureTimeout) as error:
+        except BaseException as error:  # Ctrl-C, too: it may not be there, so no head may refer to it
             future.cancel()
-            if not ahead:
-                if isinstance(error, StoreError):
-                    raise
-                raise StoreUnavailable(f"{self._source.prefix}: not uploaded in time; nothing was committed") from error
             self._extents = [extent for extent in self._extents if extent.ref != ref]
+            if isinstance(error, FutureTimeout) and not ahead:
+                raise StoreUnavailable(f"{self._source.prefix}: not uploaded in time; nothing was committed") from error
+            if not ahead or not isinstance(error, StoreError | FutureTimeout):
+                raise
 
     def _left_s(self) -> float:
         left_s = self.patience_s if self.deadline is None else self.deadline - self._source.runtime.monotonic()

@@ -55,7 +55,9 @@ class Machine(World):
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a cache that keeps all it is given, however busy the machine is."""
+    monkeypatch.setattr("s3blockfs.diskcache.WRITES", OBJECTS)
     return tmp_path / "cache"
 
 
@@ -120,8 +122,8 @@ def test_a_damaged_file_is_fetched_again(damage: str, machine: Machine) -> None:
     machine.restart()
     if damage in ("folder", "link"):
         assert machine.read() == OBJECTS
-    else:  # of many at a time some are not kept: then the next read keeps them
-        assert any(machine.read() == 0 for _ in range(OBJECTS))
+    else:
+        assert machine.read() == 0
     machine.restart()
     assert {path.stat().st_mtime for path in aside.iterdir()} <= {1}
 
@@ -211,10 +213,10 @@ def test_a_folder_that_others_may_look_into_is_refused(folder: Path, mode: int) 
 WORKER = """
 import random, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[3:]
+sys.path[:0] = sys.argv[4:]
 from test_diskcache import Machine
 machine, rng = Machine(Path(sys.argv[1]), most_bytes=int(sys.argv[2])), random.Random()
-for step in range(300):
+for step in range(int(sys.argv[3])):
     machine.read(rng.randrange(1, 7))
     if step == 20:
         print("begun", flush=True)
@@ -227,8 +229,9 @@ print("done")
 
 def test_processes_share_a_folder(folder: Path) -> None:
     """They write, read and delete the same files; one is killed in the middle. Every byte is right."""
-    line = [sys.executable, "-c", WORKER, str(folder), str(40_000), *sys.path]
-    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    line = [sys.executable, "-c", WORKER, str(folder), str(40_000)]
+    steps = [str(10**9), "300", "300", "300"]
+    processes = [subprocess.Popen([*line, each, *sys.path], stdout=subprocess.PIPE, text=True) for each in steps]
     try:
         assert processes[0].stdout is not None
         assert processes[0].stdout.readline() == "begun\n"
@@ -268,10 +271,14 @@ def test_a_mount_that_was_killed_finds_it_again(place: Place, tmp_path: Path, pr
     with mounted(place.via(proxy.url), tmp_path, *options) as mount:
         assert sqlite(mount / "a.db", count) == "3000|12000000.0"
         assert proxy.counts()["GET", "data"] > 3
-        with mounted(place.via(proxy.url), tmp_path, *options) as beside:
-            proxy.reset()
-            assert sqlite(beside / "a.db", count) == "3000|12000000.0"
-            assert proxy.counts()["GET", "data"] <= 1
+        gets = 2
+        for _ in range(5):  # what a busy disk did not keep it keeps at the next read
+            with mounted(place.via(proxy.url), tmp_path, *options) as beside:
+                proxy.reset()
+                assert sqlite(beside / "a.db", count) == "3000|12000000.0"
+            if (gets := proxy.counts()["GET", "data"]) <= 1:
+                break
+        assert gets <= 1
         mount.kill()
     with mounted(place.via(proxy.url), tmp_path, *options, refresh="1") as mount:
         proxy.reset()

@@ -140,11 +140,11 @@ def test_slow_callbacks_overlap(daemon: Callable[..., Daemon]) -> None:
     running = daemon()
     for number in range(8):
         (running.mnt / str(number)).write_bytes(b"x")
-    running.set(slow_read="0.4")
+    running.set(slow_read="1.5")
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda number: (running.mnt / str(number)).read_bytes(), range(8))) == [b"x"] * 8
-    assert time.monotonic() - began < 1.6  # one after the other: 3.2 s
+    assert time.monotonic() - began < 6  # one after the other: 12 s
 
 
 def test_threads_keep_their_locals(daemon: Callable[..., Daemon]) -> None:

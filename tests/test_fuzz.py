@@ -36,7 +36,7 @@ from s3blockfs.gc import collect
 from s3blockfs.history import commits, open_at
 from s3blockfs.legacy import AnyHead
 from s3blockfs.objectstore import Listed
-from s3blockfs.snapshot import Snapshot, Source
+from s3blockfs.snapshot import Snapshot, Source, fetch_index
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 FUZZ = settings(
@@ -251,6 +251,29 @@ def test_bombs(size: int) -> None:
     ):
         with bounded(), pytest.raises(DamagedObject):
             act()
+
+
+def test_a_tail_of_very_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be empty: five million of them fit into a head, and took 1.5 GB."""
+    monkeypatch.setattr(tail, "MAX_RAW_BYTES", 1 << 19)
+    body = tail._RECORD.pack(1, b"i" * 16, 0, 0, 0, 9999) + b"".join(tail._CHUNK.pack(n, 0, 0, 0) for n in range(9999))
+    with pytest.raises(DamagedObject):
+        Tail.decode(body, "it")
+
+
+def test_a_frame_that_an_index_names_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the index, with which it is fetched. A small one can unpack to megabytes each time."""
+    built = data.build(UID, LOG, [(0, 5, bytes(4096))])
+    index = data.pack_tables(data._COMMIT, (), data._EXTENT, built.entries * 1000)
+    place = built.index_pos, len(index), zlib.crc32(index, zlib.crc32(UID))
+    unpacked: list[object] = []
+    real = data.decode_frame
+    monkeypatch.setattr(data, "decode_frame", lambda *frame: unpacked.append(frame) or real(*frame))
+    with World(InlineRuntime()) as world:
+        store = world.store.inner
+        store.put(REF.key(P), built.body[: built.index_pos] + index)
+        fetch_index(store, P, Segment(REF, 5, 5, 0, *place), "t", BlockCache(store, world.runtime, 1 << 20, 5))
+    assert len(unpacked) == 1
 
 
 @given(st.text() | st.from_regex(r"a/(data|archive|map)/[0-9a-f-]{0,50}"))

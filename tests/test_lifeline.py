@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,16 +80,18 @@ def test_it_ends_and_leaves_a_dead_mount(tmp_path: Path) -> None:
 
 def test_it_goes_with_the_unmount(place: Place, tmp_path: Path, proxy: FaultProxy) -> None:
     """Not only with the daemon, which may have much to publish: the next mount may have the same place and number."""
-    with mounted(place.via(proxy.url), tmp_path) as mount:
+    published = threading.Event()
+    with mounted(place.via(proxy.url), tmp_path, "--group-commit", "60") as mount:
         other = child_of(mount.process.pid)
         assert b"hold" in arguments_of(other)
         with Client(mount / "a.db") as client:
             client("PRAGMA journal_mode=WAL", "PRAGMA synchronous=OFF", "CREATE TABLE t(a)")
-            proxy.rule = lambda request: Fault(delay_s=3)
+            proxy.rule = lambda request: Fault(then=lambda: published.wait(9))
             client.kill()
         assert shell("fusermount", "-u", mount.directory).returncode == 0
-        until(lambda: not arguments_of(other), 1.5)
+        until(lambda: not arguments_of(other), 7)
         assert mount.process.poll() is None
+        published.set()
         assert mount.wait() == 0
 
 

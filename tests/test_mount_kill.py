@@ -41,26 +41,27 @@ except sqlite3.Error as error:
 """
 
 
-def acknowledged(pipe: IO[str], numbers: list[int], first: threading.Event) -> None:
+def acknowledged(pipe: IO[str], numbers: list[int], begun: threading.Event) -> None:
     """Collect what the client prints until it ends."""
     for line in pipe:
         if line.startswith("ended"):
             return
         numbers.append(int(line))
-        first.set()
+        if len(numbers) == 3:
+            begun.set()
 
 
 def commit_until_killed(mount: Mount, start: int, delay_s: float) -> list[int]:
-    """Run the client, kill the daemon `delay_s` after its first commit; the transactions that were acknowledged."""
+    """Run the client, kill the daemon `delay_s` after its third commit; the transactions that were acknowledged."""
     numbers: list[int] = []
-    first = threading.Event()
+    begun = threading.Event()
     line = [sys.executable, "-c", CLIENT, str(mount / "a.db"), str(start)]
     client = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None
-    reader = threading.Thread(target=acknowledged, args=(client.stdout, numbers, first))
+    reader = threading.Thread(target=acknowledged, args=(client.stdout, numbers, begun))
     reader.start()
     try:
-        assert first.wait(PATIENCE_S), "the client never committed"
+        assert begun.wait(PATIENCE_S), "the client never committed"
         time.sleep(delay_s)  # the random moment is what is tested
         mount.kill()
         client.wait(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Segments: the commits of a log, and what is fetched with their indexes."""
+"""Segments: the commits of a log, and what is fetched with their indexes; what is fetched ahead."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from engine import InlineRuntime, World
+from engine import Call, InlineRuntime, World, shrink_limits, small_leaves
 
-from s3blockfs.errors import DamagedObject
+from s3blockfs.errors import DamagedObject, StoreUnavailable
+from s3blockfs.prefetch import Readahead
 
 PREFIX = "a.db"
 
@@ -58,3 +59,23 @@ def test_the_start_of_the_file_comes_with_the_index(world: World) -> None:
     assert damaged.read(100_000, 4096) == noise(1)
     with pytest.raises(DamagedObject):
         damaged.read(0, 4096)
+
+
+def test_read_ahead_that_fails_fails_no_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leaf of the map, behind what is read, cannot be had; what is read lies in the cache."""
+    shrink_limits(monkeypatch)
+    small_leaves(monkeypatch)
+    writer = world.machine(faulty=False, block_size=4096).create(PREFIX, exclusive=True)
+    for at in range(0, 120 * 4096, 3 * 4096):
+        writer.write(at, noise(at) * 3)
+        writer.close_handle(0)
+    reader = world.machine().open(PREFIX)
+    before = [reader.read(at, 8192) for at in range(0, 6 * 4096, 8192)]
+
+    def rule(call: Call, when: str) -> None:
+        if call.operation == "GET":
+            raise StoreUnavailable("away")
+
+    world.store.rule = rule
+    ahead = Readahead(1 << 20)
+    assert [reader.read(at, 8192, ahead) for at in range(0, 6 * 4096, 8192)] == before

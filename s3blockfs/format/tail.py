@@ -93,7 +93,7 @@ def _unpacked(encoded: bytes, name: str) -> Iterator[LogCommit]:
                 data = _decode_chunk(encoded[pos - stored : pos], raw, codec, latest.get((offset, raw)), name)
                 latest[offset, raw] = data
                 chunks.append((offset, data))
-                raw_bytes += raw
+                raw_bytes += max(raw, 64)  # an empty one takes memory, too
                 if raw_bytes > MAX_RAW_BYTES:
                     raise DamagedObject(f"{name}: the tail unpacks to more than {MAX_RAW_BYTES} bytes")
             yield LogCommit(Commit(*record), tuple(chunks))
