@@ -107,7 +107,7 @@ class Publisher:
         rolling, rolled = self._rolling, None
         if rolling is not None and (must or rolling.done()):
             self._rolling = None
-            rolled = None if rolling.exception() else rolling.result()
+            rolled = None if rolling.cancel() or rolling.exception() else rolling.result()
         if rolled is None and must:
             rolled = self._roll(replaced)
         if rolled is not None and rolled[0].ref.rev > replaced.floor:
