@@ -40,7 +40,7 @@ class State:
         self._doubt: Doubt | None = None
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
-        self._jobs: dict[str, Future[None]] = {}
+        self._jobs: dict[str, Future[object]] = {}
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
@@ -125,6 +125,17 @@ class State:
         finally:
             if moved:
                 self.on_moved()
+
+    def _await_commit(self) -> None:
+        """Before `_gate` is taken: readers wait for that, but not for a commit that is on its way."""
+        with self._writing:
+            pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._await_commit()
+        with self._gate, self._changing():
+            yield
 
     def _require_settled(self) -> None:
         if self._doubt is not None:
@@ -228,7 +239,7 @@ class State:
     def _leave_name(self) -> None:
         raise NotImplementedError
 
-    def _soon(self, job: Callable[[], None]) -> None:
+    def _soon(self, job: Callable[[], object]) -> None:
         """For the ticker: on an I/O thread, unless that of the last time goes on, for which it would mostly wait."""
         if (last := self._jobs.get(job.__name__)) is None or last.done():
             with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again

@@ -170,8 +170,8 @@ class WalDatabase(MountedDatabase):
         begins = writes and (shares or (not held and not checks and wal.has_index(self._index_header())))
         if begins and self._header is None:
             self._lease.ask(owner)
-            if self._writer() is None and self._writing.acquire():  # readers wait for `_gate`, but not for a commit
-                self._writing.release()
+            if self._writer() is None:
+                self._await_commit()
         with self._gate:
             self._require_settled()
             if reads or (writes and not shares):
@@ -207,7 +207,7 @@ class WalDatabase(MountedDatabase):
         """A handle of `owner` closes. If it is writing, its process died: what it had not committed is cut off."""
         if (writer := self._writer()) is None or writer.owner != owner:
             return
-        with self._gate, self._changing():
+        with self._alone():
             if wal.indexed(self._index_header()) > (self._pending.end.frames if self._pending.end else 0):
                 self._scan()  # others may have read it
             self._cut(self._pending.end)
@@ -435,12 +435,12 @@ class WalDatabase(MountedDatabase):
             self._give_lease()  # no unlock tells that a checkpoint published the last that waited
             self._gate.release()
 
-    def _flush_soon(self) -> None:
+    def _flush_soon(self) -> bool:
         with self._changing():
-            if self._doubt is None and self.is_logged and not self._broken:
-                if self._is_exclusive():
-                    self._scan()
-                self._has_flushed()
+            may = self._doubt is None and self.is_logged and not self._broken
+            if may and self._is_exclusive():
+                self._scan()
+            return may and self._has_flushed()
 
     def _has_flushed(self) -> bool:
         """Whether nothing waits any more, or it can never be published."""
@@ -456,21 +456,20 @@ class WalDatabase(MountedDatabase):
 
     def tidy(self) -> None:
         """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
-        with self._gate, self._changing():
-            if self.is_logged and not list(self.locks) and self._doubt is None and self._has_flushed():
-                self._end_log()
-                self._moved = True
+        if self.is_logged and not list(self.locks) and self._flush_soon():  # who opens it meanwhile need not wait
+            with self._alone():
+                if self.is_logged and not list(self.locks) and self._doubt is None and self._has_flushed():
+                    self._end_log()
+                    self._moved = True
 
     def _go_on(self, version: Version | None) -> None:
         if not self.is_logged:
             super()._go_on(version)
             return
         with self._gate, self._changing():
-            doubt, self._doubt = self._doubt, None
-            if version is not None and doubt is not None and self._doubtful is not None:  # it applied
-                applied = doubt.head.commit if self._pending.done(self._doubtful) else None
-                if version.head.commit == applied:  # a writer may be in its transaction, whose commit comes next
-                    self._adopt(version, None)
+            doubt, self._doubt, end = self._doubt, None, self._doubtful
+            if version and doubt and end and self._pending.done(end) and version.head.commit == doubt.head.commit:
+                self._adopt(version, None)  # it applied; a writer may be in its transaction, whose commit comes next
             self.checked_s = float("-inf")  # what others did, or one that failed here, the next transaction finds
 
     def _leave_name(self) -> None:

@@ -155,7 +155,16 @@ def test_what_others_overtook_is_given_up_once(caplog: pytest.LogCaptureFixture)
         assert len(caplog.records) < 5, caplog.text
 
 
-def test_readers_do_not_wait_for_a_writer_that_waits_for_a_commit_on_its_way() -> None:
+def in_thread(function: Callable[[], object], wait_s: float) -> threading.Thread:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(wait_s)
+    return thread
+
+
+@pytest.mark.parametrize("beside", ["another writer", "a writer that died", "nobody"])
+def test_readers_do_not_wait_for_a_commit_on_its_way(beside: str) -> None:
+    """Nor who opens it."""
     sent, go_on = threading.Event(), threading.Event()
 
     def rule(call: Call, when: str) -> None:
@@ -163,29 +172,30 @@ def test_readers_do_not_wait_for_a_writer_that_waits_for_a_commit_on_its_way() -
             sent.set()
             go_on.wait(10)
 
-    def in_thread(function: Callable[[], object]) -> threading.Thread:
-        thread = threading.Thread(target=function)
-        thread.start()
-        return thread
-
     with World(ManualRuntime()) as world:
         machine = wal_machine(world)
         make(machine)
         connection = Connection(machine)
         connection.commit(insert(1, 1, 100), sync=False)
-        database = connection.database
+        database, threads = connection.database, list[threading.Thread]()
         reader, writer = Process(machine, database, 2), Process(machine, database, 3)
-        reader.shared()
-        writer.shared()
-        database.lock_index(writer, Kind.READ, MY_READ, MY_READ, 3, 3)
+        if beside == "nobody":
+            connection.process.close()
+        else:
+            reader.shared()
+            writer.shared()
+            database.lock_index(writer, Kind.READ, MY_READ, MY_READ, 3, 3)
+        if beside == "a writer that died":
+            database.lock_index(writer, Kind.WRITE, WRITE, WRITE, 3, 3)
         world.store.rule = rule
         wait(connection)
         assert sent.wait(10)
-        threads = [in_thread(lambda: database.lock_index(writer, Kind.WRITE, WRITE, WRITE, 3, 3))]
-        threads[0].join(0.3)
-        threads += [in_thread(lambda: database.lock_index(reader, Kind.READ, MY_READ, MY_READ, 2, 2))]
-        threads[1].join(3)
-        waits = threads[1].is_alive()
+        if beside == "another writer":
+            threads.append(in_thread(lambda: database.lock_index(writer, Kind.WRITE, WRITE, WRITE, 3, 3), 0.3))
+        elif beside == "a writer that died":
+            threads.append(in_thread(lambda: database.index_closes(writer), 0.3))
+        threads.append(in_thread(lambda: machine.open(NAME).lock_index(reader, Kind.READ, MY_READ, MY_READ, 2, 2), 3))
+        waits = threads[-1].is_alive()
         world.store.rule = None
         go_on.set()
         for thread in threads:
