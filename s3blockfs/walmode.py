@@ -484,7 +484,7 @@ class WalDatabase(MountedDatabase):
             if self.is_logged and not self._broken:
                 self._scan()
                 if not self._has_flushed():
-                    log.error("%s: transactions that were not yet in S3 are lost", self._label)
+                    log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, "it is closed")
         self._end_log()
         super().close()
 
