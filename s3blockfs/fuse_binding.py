@@ -128,12 +128,6 @@ def context_pid() -> int:
     return thread
 
 
-def trim() -> None:
-    """Give the system what malloc has free, between what is in use as well: heads of 100 KiB and more leave holes."""
-    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-        malloc_trim(0)
-
-
 # ctypes gives every callback on a foreign thread a new Python thread state and destroys it afterwards: slow, and
 # threading.local starts empty each time. One PyGILState_Ensure per thread keeps it. libfuse ends idle threads, so that
 # is given back when the thread ends, by glibc's hook for C++, which runs while the thread can still call Python
@@ -325,8 +319,6 @@ def mount(operations: Operations, mountpoint: str, *, options: Mapping[str, str 
     require()
     if Path(mountpoint).is_dir() and any(Path(mountpoint).iterdir()):  # libfuse would recommend `nonempty`
         raise UsageError(f"{mountpoint}: not empty; choose an empty directory")
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's
-        mallopt(-8, 2)  # M_ARENA_MAX: for each thread one of its own, none of which gives back what it once needed
     loop = Mounted()
     # SIGINT and SIGHUP stay ignored if they are (nohup); `stop` needs a handler of SIGTERM.
     signals = [each for each in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]

@@ -8,7 +8,6 @@ import logging
 import os
 import stat
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable
 from fcntl import F_GETLK, F_SETLKW, F_UNLCK, F_WRLCK
 from itertools import count
@@ -20,11 +19,12 @@ from s3blockfs.config import Config
 from s3blockfs.database import Database, Past, Plain
 from s3blockfs.errors import AccessDenied, DatabaseNotFound, Immutable, S3BlockFSError
 from s3blockfs.exclusive import ExclusiveDatabase
-from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread, trim
+from s3blockfs.fuse_binding import Attributes, FileInfo, Flock, LookAgain, Operations, context_pid, context_thread
 from s3blockfs.handle import Handle, OwnState
 from s3blockfs.journal import HEADER_BYTES, is_hot
 from s3blockfs.kernelcache import KernelCache, Shown
 from s3blockfs.locks import TO_END, Kind, Level
+from s3blockfs.malloc import trim
 from s3blockfs.names import Entry
 from s3blockfs.overlap import MountedDatabase
 from s3blockfs.past import MountedNames
@@ -296,8 +296,8 @@ class FileSystem(Operations):
             handle = self._handles.pop(info.fh)
             if isinstance(database := handle.file, SideFile):
                 return
-            if isinstance(database, MountedDatabase) and handle.reader is not None:
-                database.only_read = database.only_read - Counter([handle.reader])
+            if isinstance(database, MountedDatabase):
+                database.closed(handle.pid, handle.only_reads)
         self._kernel.closed(database)
         self._release(database)
 
@@ -441,10 +441,10 @@ class FileSystem(Operations):
         handle.shown = shown
         if self._config.direct_io and not isinstance(database, Past):
             handle.own = OwnState(database, self._config.refresh_s)
-        if isinstance(database, MountedDatabase) and info.flags & os.O_ACCMODE == os.O_RDONLY:
-            handle.reader = context_pid()
+        if isinstance(database, MountedDatabase):
+            handle.pid, handle.only_reads = context_pid(), info.flags & os.O_ACCMODE == os.O_RDONLY
             with self._lock:
-                database.only_read = database.only_read + Counter([handle.reader])
+                database.opened(handle.pid, handle.only_reads)
         if isinstance(database, ExclusiveDatabase):
             handle.owners.add(context_pid())
         return handle

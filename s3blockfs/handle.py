@@ -74,7 +74,8 @@ class Handle:
     wrote: bool = False
     failed: bool = False
     owners: set[Hashable] = field(default_factory=set)
-    reader: int | None = None  # the process that opened it, if for reading only
+    pid: int = 0  # the process that opened it
+    only_reads: bool = False
     own: OwnState | None = None
 
     def require_sound(self) -> None:

@@ -26,13 +26,23 @@ LOOK_EVERY_S = 1.0  # for a newer state, in the place of those that overlap
 
 
 class MountedDatabase(Database):
-    """Threads: `only_read` belongs to the face, the rest as in `state.py`."""
+    """Threads: the face calls `opened` and `closed` one at a time; the rest as in `state.py`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.only_read: Counter[int] = Counter()  # handles open for reading only, by process; replaced, not changed
+        self._handles: Counter[int] = Counter()  # by process; replaced, not changed
+        self.only_read: Counter[int] = Counter()  # those that are open for reading only
         self._pretended: SideFile | None = None
         self._doomed: tuple[Hashable | None, float] = (None, 0.0)  # a writer that must not commit, and since when
+
+    def opened(self, pid: int, only_reads: bool) -> None:
+        """By a process; 0: one that cannot be told from others."""
+        self._handles = self._handles + Counter([pid])
+        self.only_read = self.only_read + Counter([pid] * only_reads)
+
+    def closed(self, pid: int, only_reads: bool) -> None:
+        self._handles = self._handles - Counter([pid])
+        self.only_read = self.only_read - Counter([pid] * only_reads)
 
     @property
     def pretended_journal(self) -> SideFile | None:
@@ -88,7 +98,10 @@ class MountedDatabase(Database):
 
     def tick(self) -> None:
         super().tick()
-        if self._is_read(None) and self._source.runtime.monotonic() - self.checked_s >= self._config.refresh_s:
+        # Connections of other processes ask for a lock when they begin to read.
+        share = max(self._handles.values(), default=0) > 1
+        due = self._source.runtime.monotonic() - self.checked_s >= self._config.refresh_s
+        if due and (share or self._behind_s is not None) and self._is_read(None):
             self._soon(self._hold_back)
 
     def _hold_back(self) -> None:

@@ -276,3 +276,22 @@ def test_following_costs_one_conditional_get_an_interval(
             thread.start()
             new, values = asked("with commits elsewhere", [mount / first])
             assert new >= 1 and seconds * 0.6 - 1 <= values <= new + 1
+
+
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_an_open_transaction_asks_for_nothing(pair: Pair, mode: str) -> None:
+    """Nobody begins to read without a lock, unless a process has two connections, so nobody has to look meanwhile."""
+    name = fresh_name()
+    sqlite(pair.elsewhere / name, f"PRAGMA journal_mode={mode}", "CREATE TABLE t(n)", "INSERT INTO t VALUES (1)")
+    with Client(pair.here / name) as one, Client(pair.here / name) as other:
+        for reader in (one, other):
+            for statement in ("BEGIN", "SELECT n FROM t"):
+                reader(statement)
+        pair.proxy.reset()
+        time.sleep(3 * REFRESH_S)
+        assert [request for request in pair.proxy.requests if name in request.path] == []
+        sqlite(pair.elsewhere / name, "UPDATE t SET n = 2")
+        assert one("SELECT n FROM t") == [[1]]
+        for reader in (one, other):
+            reader("COMMIT")
+        assert one("SELECT n FROM t") == [[2]]

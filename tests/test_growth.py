@@ -149,7 +149,7 @@ def test_a_thousand_databases_open_at_once(
 
 HOLES = """
 import ctypes, os
-from s3blockfs.fuse_binding import trim
+from s3blockfs.malloc import trim
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 blocks = [libc.malloc(100_000) for _ in range(400)]

@@ -29,6 +29,8 @@ class Overlap(Scene):
         super().__init__(world, MountedDatabase, **changes)
         assert isinstance(self.database, MountedDatabase)
         self.mounted = self.database
+        for _ in range(2):
+            self.mounted.opened(1, only_reads=False)
         self.crowd = self.process(1)
         self.crowd.shared()
 
@@ -239,7 +241,8 @@ def test_what_a_mount_shows(mount_bucket: Place, tmp_path: Path) -> None:
     place = mount_bucket.inside(fresh_name("overlap"))
     with two_machines(place, tmp_path) as (here, elsewhere), Client(here) as reader:
         journal = here.with_name(here.name + "-journal")
-        assert reader("BEGIN", "SELECT a FROM t") == [[1]]
+        reader(f"ATTACH '{here}' AS again")  # so its process has two connections
+        assert reader("BEGIN", "SELECT a FROM main.t") == [[1]]
         asks, pipe = [sys.executable, "-c", ONLY_READER, here, journal], subprocess.PIPE
         with subprocess.Popen(asks, stdin=pipe, stdout=pipe, text=True) as only_reader:
             assert only_reader.stdout is not None and only_reader.stdout.readline() == "1\n"

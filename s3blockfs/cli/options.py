@@ -22,6 +22,7 @@ from s3blockfs.config import HOUR_S, Config, duration_s
 from s3blockfs.errors import UsageError
 from s3blockfs.format.head import LABEL, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from s3blockfs.format.keys import is_file_name, join
+from s3blockfs.malloc import few_arenas
 from s3blockfs.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -242,6 +243,7 @@ def opened(where: Target) -> Iterator[tuple[Catalog, S3Store, Runtime]]:
     from s3blockfs.catalog import Catalog
     from s3blockfs.s3store import S3Store  # boto3 takes 0.2 s to import: only for commands that need it
 
+    few_arenas()
     local, config, runtime = settings().local, settings().config, Runtime()
     with ExitStack() as stack:
         access: dict[str, Any] = config.access
