@@ -88,7 +88,7 @@ class Catalog(Names):
         # What was read may be older than what `old` shows, and of sqlite-s3vfs each state has an id of its own.
         is_newer = is_new or (old is not None and 0 < old.version.head.rev < version.head.rev)
         if old is not None and is_newer and old.version.head.id != version.head.id:
-            old.delete()  # elsewhere, and made anew
+            old.delete(here=False)  # and made anew
         return self._take(prefix) or self._add(prefix, version)
 
     def connection(
@@ -163,7 +163,7 @@ class Catalog(Names):
                 dropped.append(database)
             else:  # one in doubt stays closed to everybody until it is settled
                 self._idle[database.prefix] = database
-                settled = [idle for idle in self._idle.values() if not idle.in_doubt]
+                settled = [idle for idle in self._idle.values() if not (idle.in_doubt or idle.is_logged)]
                 surplus = max(0, len(self._idle) - IDLE_KEPT)
                 dropped += [self._idle.pop(idle.prefix) for idle in settled[:surplus]]
         for idle in dropped:

@@ -153,8 +153,7 @@ class Database(State):
         says so of the super-journal that the journal names, or None: it has its images, and its end comes next."""
         self._require_settled()
         if (journal := self._journal()) is not None and is_hot(journal.read(0, 1)) and not self._abandoned:
-            name = super_journal(journal.read, journal.size)
-            if commits(name) and self._discarding is None:
+            if self._discarding is None and commits(super_journal(journal.read, journal.size)):
                 with self._changing():
                     self.finalise_journal(pid)
                     self._journal_images_committed = False
@@ -403,13 +402,17 @@ class Database(State):
 
     # --- states ----------------------------------------------------------------------------------------
 
-    def delete(self) -> None:
-        """It was deleted here: open handles still read, and cannot write or commit."""
+    def delete(self, here: bool = True) -> None:
+        """It was deleted: handles that are open still read if that was `here`, and cannot write or commit."""
         with self._changing():
-            self._view.drop()
-            self._side_files.remove(self.path + JOURNAL_SUFFIX)  # or a successor would be rolled back by it
-            self._gone = f"{self._label}: was deleted"
-            self.checked_s = float("inf")  # a refresh would find the tombstone and fail reads
+            if self.is_dirty:
+                self._view.drop()
+            self._vanish(f"{self._label}: was deleted")
+            self.checked_s = float("inf" if here else "-inf")  # a refresh would find the tombstone and fail reads
+
+    def _leave_name(self) -> None:
+        self._side_files.remove(self.path + JOURNAL_SUFFIX)  # or a successor would be rolled back by it
+        self._lease.done(self)
 
     def close(self) -> None:
         """Forget uncommitted bytes, and the journal that would undo them; nobody has it open."""
@@ -449,16 +452,15 @@ class Database(State):
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
         self.checked_s = float("-inf")  # the next transaction looks again
         self._moved = True
-        if owner is None:
-            return  # without its lock or `_gate` a transaction may begin any moment
         try:
-            self._refresh(0, owner)
+            if owner is not None:  # without its lock or `_gate` a transaction may begin any moment
+                self._refresh(0, owner)
         except S3BlockFSError as error:
             log.warning("%s: %s", self._label, error)
 
     def _move(self, version: Version) -> None:
         if version.head.deleted:
-            self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
+            self._vanish(f"{self._label}: was deleted by {version.head.writer or 'somebody else'}")
             raise DatabaseGone(self._gone)
         shown = self._latest.snapshot
         if (version.head.id, version.head.commit) == (shown.head.id, shown.head.commit):
@@ -478,8 +480,7 @@ class Database(State):
         return self._side_files.get(self.path + JOURNAL_SUFFIX)
 
     def _journal_is_hot(self) -> bool:
-        journal = self._journal()
-        return journal is not None and is_hot(journal.read(0, 1))
+        return (journal := self._journal()) is not None and is_hot(journal.read(0, 1))
 
 
 class Past(Database):

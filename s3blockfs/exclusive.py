@@ -57,7 +57,7 @@ class ExclusiveDatabase(Database):
         self._holding = threading.Lock()
         self._holders = 0
         self._refused_s = float("-inf")
-        self._losing = self.is_lost = False
+        self.is_lost = False
 
     # --- open and close --------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class ExclusiveDatabase(Database):
 
     def tick(self) -> None:
         super().tick()
-        if self._holders and not self._losing and self._writing.acquire(blocking=False):
+        if self._holders and self._writing.acquire(blocking=False):
             try:
                 self._follow()
             finally:
@@ -169,8 +169,7 @@ class ExclusiveDatabase(Database):
         if newest is None or self._doubt is not None or self.is_gone:
             return
         if self._lease.is_lost(self) or (newest.head.id, newest.head.commit) != (shown.id, shown.commit):
-            self._losing = True
-            self._source.runtime.submit(self._lose)
+            self._soon(self._lose)
         elif newest.head.rev > shown.rev and not self.is_dirty and self._discarding is None:
             self._adopt(newest, self._view.snapshot.with_version(newest))  # a fold: what it replaced will be collected
 
@@ -180,8 +179,3 @@ class ExclusiveDatabase(Database):
                 self.delete()
                 self._gone, self.is_lost, self._moved = f"{self._label}: the lease was lost; open it again", True, True
                 log.error("%s: the lease was lost; open it again", self._label)
-            self._losing = False
-
-    def delete(self) -> None:
-        super().delete()
-        self._lease.done(self)  # a successor under its name needs it

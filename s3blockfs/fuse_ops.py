@@ -376,7 +376,7 @@ class FileSystem(Operations):
     @staticmethod
     def _require_not_moved(database: Database, shown: Shown | None) -> None:
         if shown is not None and shown.moved:
-            raise OSError(errno.ESTALE, f"{database.path}: was renamed; open it under its new name")
+            raise OSError(errno.ESTALE, f"{database.path}: was renamed or deleted; open it again")
 
     def _before_finalising(self, side: SideFile) -> None:
         """A journal or super-journal is about to vanish: commit first. Raises if that fails; then it must stay."""

@@ -35,8 +35,8 @@ SHORT_S = 0.5  # with such an interval `open` could find another size time and a
 class Shown:
     """What the kernel knows of a database: handles, inode number once looked up, and of which commit its pages are.
     `stale`: they have to go and could not be dropped, because the inode number was not known. `moved`: it was renamed,
-    and the kernel gave its inode and pages to another database, so what has this one open must not fill them. `direct`:
-    it must not fill the pages of its inode, through which others still read that lost it."""
+    or deleted elsewhere, and the kernel gave its inode and pages to another database, so what has this one open must
+    not fill them. `direct`: it must not fill the pages of its inode, through which others still read that lost it."""
 
     handles: int = 0
     inode: int | None = None
@@ -81,6 +81,8 @@ class KernelCache:
             shown = self._shown.setdefault(database, Shown())
             if shown.handles == 0 and self._config.exclusive:
                 shown.direct = any(_is_lost(other) for other, at in self._shown.items() if at.handles)
+            for other, at in self._shown.items() if shown.handles == 0 else ():
+                at.moved |= other.is_replaced and other.path == database.path
             shown.handles += 1
             # An inode that is known belongs to a handle whose open the kernel has seen: its pages are current.
             current = shown.inode is not None or shown.pages_of == database.version.head.commit

@@ -22,6 +22,7 @@ from s3blockfs.view import View
 
 log = logging.getLogger(__name__)
 
+POLL_S = 0.05
 RECOVER_EVERY_S = 2.0  # a database in doubt or cut off asks the store again this often
 
 
@@ -39,7 +40,7 @@ class State:
         self._doubt: Doubt | None = None
         self._recovering, self._recover_after = False, 0.0
         self._gone: str | None = None
-        self._jobs: dict[str, Future[None]] = {}
+        self._jobs: dict[str, Future[object]] = {}
         self.prefix = source.prefix
         self.on_moved: Callable[[], None] = lambda: None  # called when cached copies of any byte may be stale
 
@@ -71,6 +72,11 @@ class State:
     @property
     def is_gone(self) -> bool:
         return self._gone is not None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Gone, and not by this machine: what comes under its name is the same file for a kernel."""
+        return self._gone is not None and self.checked_s != float("inf")
 
     @property
     def is_cut_off(self) -> bool:
@@ -120,6 +126,17 @@ class State:
             if moved:
                 self.on_moved()
 
+    def _await_commit(self) -> None:
+        """Before `_gate` is taken: readers wait for that, but not for a commit that is on its way."""
+        with self._writing:
+            pass
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._await_commit()
+        with self._gate, self._changing():
+            yield
+
     def _require_settled(self) -> None:
         if self._doubt is not None:
             self._recover_soon()
@@ -141,7 +158,7 @@ class State:
     def _adopt(self, version: Version, snapshot: Snapshot | None) -> None:
         """Show the state of `version`. Never fails for the store's sake: what cannot be loaded now is loaded later."""
         if version.head.deleted:  # right after a commit of ours
-            self._gone = f"{self._label}: was deleted by {version.head.writer or 'somebody else'}"
+            self._vanish(f"{self._label}: was deleted by {version.head.writer or 'somebody else'}")
         if snapshot is None:
             try:
                 snapshot = Snapshot.load(self._source, version)
@@ -172,6 +189,17 @@ class State:
         except RuntimeError:  # no more threads: the next call tries again
             self._recovering = False
 
+    def _recover_now(self) -> None:
+        """From a doubt, if there is one. Two at a time could take one doubt for another."""
+        while self._doubt is not None:
+            with self._mutex:
+                waits, self._recovering = self._recovering, True
+            if waits:
+                self._source.runtime.sleep(POLL_S)
+            else:
+                self._recover()
+                return
+
     def _recover(self) -> None:
         doubt = self._doubt
         try:
@@ -184,8 +212,9 @@ class State:
             self._go_on(version)
             log.warning("%s: settled: the commit %s", self._label, "applied" if version else "did not apply")
         except DatabaseGone as error:
-            self._gone = str(error)
-            self._go_on(None)
+            with self._gate, self._changing():
+                self._vanish(str(error))
+                self._go_on(None)
         except S3BlockFSError as error:
             log.warning("%s", error)
             if isinstance(error.__cause__, TooOld):  # nobody can ever tell; it can apply no more, or is applied
@@ -201,7 +230,16 @@ class State:
             self._doubt = None
             self._fail(remove_journal=True)
 
-    def _soon(self, job: Callable[[], None]) -> None:
+    def _vanish(self, why: str) -> None:
+        """It is no more. What comes under its name is another one, and must not find what this one left there."""
+        if self._gone is None:
+            self._leave_name()
+        self._gone = why
+
+    def _leave_name(self) -> None:
+        raise NotImplementedError
+
+    def _soon(self, job: Callable[[], object]) -> None:
         """For the ticker: on an I/O thread, unless that of the last time goes on, for which it would mostly wait."""
         if (last := self._jobs.get(job.__name__)) is None or last.done():
             with contextlib.suppress(RuntimeError):  # no more threads: a later tick tries again

@@ -170,6 +170,8 @@ class WalDatabase(MountedDatabase):
         begins = writes and (shares or (not held and not checks and wal.has_index(self._index_header())))
         if begins and self._header is None:
             self._lease.ask(owner)
+            if self._writer() is None:
+                self._await_commit()
         with self._gate:
             self._require_settled()
             if reads or (writes and not shares):
@@ -205,7 +207,7 @@ class WalDatabase(MountedDatabase):
         """A handle of `owner` closes. If it is writing, its process died: what it had not committed is cut off."""
         if (writer := self._writer()) is None or writer.owner != owner:
             return
-        with self._gate, self._changing():
+        with self._alone():
             if wal.indexed(self._index_header()) > (self._pending.end.frames if self._pending.end else 0):
                 self._scan()  # others may have read it
             self._cut(self._pending.end)
@@ -325,7 +327,6 @@ class WalDatabase(MountedDatabase):
             if self.is_logged:
                 self._forget_log()
                 self._moved = True  # the kernel has the change counter that was written here
-        self._give_lease()
 
     def _require_unbroken(self) -> None:
         if self._broken:
@@ -430,71 +431,69 @@ class WalDatabase(MountedDatabase):
             self._soon(self._flush_soon)
         if self.is_logged and not list(self.locks):
             self._soon(self.tidy)
+        if self._gate.acquire(blocking=False):
+            self._give_lease()  # no unlock tells that a checkpoint published the last that waited
+            self._gate.release()
 
-    def _flush_soon(self) -> None:
+    def _flush_soon(self) -> bool:
+        with self._changing():
+            may = self._doubt is None and self.is_logged and not self._broken
+            if may and self._is_exclusive():
+                self._scan()
+            return may and self._has_flushed()
+
+    def _has_flushed(self) -> bool:
+        """Whether nothing waits any more, or it can never be published."""
         try:
-            with self._changing():
-                if self._doubt is None and self.is_logged and not self._broken:
-                    if self._is_exclusive():
-                        self._scan()
-                    self._flush()
+            self._flush()
         except (CommitLost, DatabaseGone) as error:
             self._pending.since_s = None  # the next transaction finds out
             log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, error)
         except (S3BlockFSError, OSError) as error:
             log.warning("%s: not yet published: %s", self._label, error)
-        with self._gate:
-            self._give_lease()
+            return False
+        return True
 
     def tidy(self) -> None:
         """Who had the log open died: every connection in WAL mode holds a lock of the file for as long as it lives."""
-        with self._gate, self._changing():
-            if self.is_logged and not list(self.locks) and self._doubt is None:
-                try:
-                    self._flush()
-                    self._rebase()
-                except (S3BlockFSError, OSError) as error:
-                    log.warning("%s: not yet published: %s", self._label, error)
-                    return
-                self._end_log()
-                self._moved = True
-                self._give_lease()
+        if self.is_logged and not list(self.locks) and self._flush_soon():  # who opens it meanwhile need not wait
+            with self._alone():
+                if self.is_logged and not list(self.locks) and self._doubt is None and self._has_flushed():
+                    self._end_log()
+                    self._moved = True
 
     def _go_on(self, version: Version | None) -> None:
         if not self.is_logged:
             super()._go_on(version)
             return
         with self._gate, self._changing():
-            doubt, self._doubt = self._doubt, None
-            if version is not None and doubt is not None and self._doubtful is not None:  # it applied
-                applied = doubt.head.commit if self._pending.done(self._doubtful) else None
-                if version.head.commit == applied:  # a writer may be in its transaction, whose commit comes next
-                    self._adopt(version, None)
+            doubt, self._doubt, end = self._doubt, None, self._doubtful
+            if version and doubt and end and self._pending.done(end) and version.head.commit == doubt.head.commit:
+                self._adopt(version, None)  # it applied; a writer may be in its transaction, whose commit comes next
             self.checked_s = float("-inf")  # what others did, or one that failed here, the next transaction finds
 
-    def delete(self) -> None:
-        with self._changing():
-            self._end_log()
-            super().delete()
+    def _leave_name(self) -> None:
+        super()._leave_name()
+        self._pending.clear()  # and who is reading reads on
+        self._remove_log()
 
     def close(self) -> None:
-        with self._mutex:  # two at a time could take one doubt for another
-            recovers = self._doubt is not None and not self._recovering and bool(self._pending)
-            self._recovering |= recovers
-        if recovers:
-            self._recover()
-        try:
-            with self._changing():
-                if self.is_logged and not self._broken:
-                    self._scan()
-                    self._flush()
-        except (S3BlockFSError, OSError) as error:
-            log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, error)
+        if self._pending:
+            self._recover_now()
+        with self._changing():
+            if self.is_logged and not self._broken:
+                self._scan()
+                if not self._has_flushed():
+                    log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, "it is closed")
         self._end_log()
         super().close()
 
     def _end_log(self) -> None:
         self._forget_log()
+        if not self.is_gone:  # else those are a successor's
+            self._remove_log()
+
+    def _remove_log(self) -> None:
         self.index_locks = RangeLocks()  # of a file that is unlinked no unlock arrives any more
         for suffix in (LOG_SUFFIX, INDEX_SUFFIX):
             self._side_files.remove(self.path + suffix)

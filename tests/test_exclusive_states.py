@@ -86,3 +86,18 @@ def test_a_lease_that_was_taken_over_ends_it(held: Held) -> None:
     assert held.exclusive.is_lost and held.published(1)
     other.commit(5)
     assert held.published(5)
+
+
+def test_a_lost_lease_is_noticed_also_when_there_was_no_thread_for_it(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    held.commit_elsewhere(2)
+    held.exclusive._heads.read_if_changed(held.database.version)
+    with monkeypatch.context() as patch:
+        patch.setattr(held.world.runtime, "submit", exhausted)
+        held.machine.tick()
+    held.machine.tick()
+    assert held.exclusive.is_lost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 
@@ -355,3 +356,26 @@ def test_a_head_that_was_read_for_somebody_else_is_as_old_as_it_is(world: World)
     world.runtime.sleep(0.9)
     Process(machine, database, 1).shared()
     assert without_counters(database.read(0, database.size)) == without_counters(state(2))
+
+
+def test_full_tail_waits_for_no_roll_that_has_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I8: all I/O threads may be busy with commits that wait like this one."""
+    shrink_limits(monkeypatch)
+    monkeypatch.setattr("s3blockfs.commit.ROLL_BYTES", 3000)
+    with World() as world:
+        database, done = world.machine().create("a.bin", exclusive=True), threading.Event()
+
+        def commit_all() -> None:
+            for number in range(8):
+                database.write(number * 4096, random.Random(number).randbytes(3000))
+                database.close_handle(0)
+
+        for _ in range(4):
+            world.runtime.submit(done.wait)
+        commits = threading.Thread(target=commit_all)
+        commits.start()
+        commits.join(20)
+        waits = commits.is_alive()
+        done.set()
+        commits.join()
+        assert not waits

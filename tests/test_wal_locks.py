@@ -29,6 +29,9 @@ class Overtaken:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
 
 class Logged(Scene):
     """State 1, open in WAL mode, with an index."""
