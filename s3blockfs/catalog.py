@@ -163,11 +163,14 @@ class Catalog(Names):
                 dropped.append(database)
             else:  # one in doubt stays closed to everybody until it is settled
                 self._idle[database.prefix] = database
-                settled = [idle for idle in self._idle.values() if not (idle.in_doubt or idle.is_logged)]
-                surplus = max(0, len(self._idle) - IDLE_KEPT)
-                dropped += [self._idle.pop(idle.prefix) for idle in settled[:surplus]]
+                dropped += self._surplus()
         for idle in dropped:
             idle.close()
+
+    def _surplus(self) -> list[Database]:
+        """With `_lock` held: take out those that were closed first, but for what is in doubt, or has a log."""
+        settled = [idle for idle in self._idle.values() if not (idle.in_doubt or idle.is_logged)]
+        return [self._idle.pop(idle.prefix) for idle in settled[: max(0, len(self._idle) - IDLE_KEPT)]]
 
     def _shown(self, prefix: str) -> Version | None:
         with self._lock:
@@ -271,7 +274,11 @@ class Catalog(Names):
     def tick(self) -> None:
         """Give leases back, and the like; called every now and then."""
         with self._lock:
+            dropped = self._surplus()
             databases = [*self._users, *self._idle.values()]
+        for idle in dropped:  # their logs were left by programs that died
+            with suppress(RuntimeError):  # no more threads: then others have to wait for the end of its lease
+                self._runtime.submit(idle.close)
         for database in databases:
             database.tick()
 

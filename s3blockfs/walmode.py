@@ -485,7 +485,8 @@ class WalDatabase(MountedDatabase):
                 self._scan()
                 if not self._has_flushed():
                     log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, "it is closed")
-        self._end_log()
+            if self.is_logged:  # else what is there is perhaps of the next one that has it open
+                self._end_log()
         super().close()
 
     def _end_log(self) -> None:

@@ -58,6 +58,8 @@ def test_what_waits_is_kept_when_many_other_databases_are_used(monkeypatch: pyte
         world.store.rule = None
         wait(connection)
         assert elsewhere(world) == new
+        wait(connection)
+        assert connection.machine.opened_at(NAME) is None, "it is one of many that are remembered no more"
 
 
 def test_end_waits_for_a_recovery_that_is_under_way() -> None:
