@@ -88,15 +88,15 @@ def test_idle_means_no_requests(
         proxy.reset()
         time.sleep(2)  # nothing is waited for: that nothing more happens is what is tested
         given_back = proxy.counts()
-        assert set(given_back) == {("PUT", "head")}
-        assert given_back["PUT", "head"] <= 3  # the first may have been given back before
+        assert set(given_back) <= {("PUT", "head")}
+        assert given_back["PUT", "head"] <= 3  # on a busy machine they were given back before
         proxy.reset()
         time.sleep(3)
         say(capsys, f"idle: {given_back.total()} leases given back, then {len(proxy.requests)} requests in 3 s")
         assert proxy.requests == []
         two("BEGIN IMMEDIATE", "INSERT INTO t VALUES (1)")
         proxy.reset()
-        time.sleep(2.8)
+        time.sleep(3.2)
         assert 1 <= proxy.counts()["PUT", "head"] <= 2
         assert len(proxy.requests) == proxy.counts()["PUT", "head"]
         proxy.reset()

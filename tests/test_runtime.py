@@ -70,7 +70,7 @@ def test_all_periodic_calls_share_one_thread_and_keep_their_own_intervals(runtim
         assert slow.acquire(timeout=WAIT_S)
     names = [name for name, _ in seen]
     assert set(names) == {"slow", "quick"}
-    assert names.count("quick") > 3
+    assert names.index("slow") >= 2
     assert len({thread for _, thread in seen}) == 1
     assert threads() == {"s3blockfs-ticker"}
 

