@@ -15,7 +15,7 @@ import errno
 import threading
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from cachetools import LRUCache
 
@@ -89,7 +89,7 @@ class KernelCache:
             info.keep_cache = int(current and not shown.stale)
             # An inode has one page cache, for whichever versions of an object were opened under its name.
             info.direct_io = int(isinstance(database, Plain) or shown.direct or self._config.direct_io)
-            database.on_moved = partial(self.invalidate, database)
+            database.on_moved = partial(self._moved, ref(database))
             if isinstance(database, WalDatabase):
                 database.forget_pages = self.forget_pages
             if isinstance(database, ExclusiveDatabase):
@@ -132,6 +132,11 @@ class KernelCache:
         if stale:  # also when the last open dropped the pages: its answer may still be on its way
             self.invalidate(database)
         return shown
+
+    def _moved(self, reference: ref[Database]) -> None:
+        """What a database calls must not refer to it, or only a search for cycles would free it, with its megabytes."""
+        if (database := reference()) is not None:
+            self.invalidate(database)
 
     def invalidate(self, database: Database) -> None:
         """Drop the kernel's pages and attributes of a database."""

@@ -119,11 +119,13 @@ class Names:
         found: dict[str, Entry] = {}
         unclear: dict[str, Future[Version | None]] = {}
         journals = {name + JOURNAL_SUFFIX for name in names}  # left by sqlite-s3vfs
+        with self._lock:  # a look-up is a change of an LRUCache
+            folders = {name for name in names if self._probed.get(start + name) is False}
         for name in set(names) - journals:
             prefix = start + name
             if name.endswith(DATABASE_SUFFIXES) and name not in marked:
                 found[name] = Entry(prefix, is_folder=False)
-            elif self._probed.get(prefix) is False and name not in marked:
+            elif name in folders and name not in marked:
                 found[name] = Entry(prefix, is_folder=True)
             else:
                 unclear[name] = self._runtime.submit(partial(self._head, prefix))
@@ -133,7 +135,8 @@ class Names:
             except errors.UNUSABLE:
                 found[name] = Entry(start + name, is_folder=False)  # using it says what is wrong
                 continue
-            self._probed[start + name] = version is not None
+            with self._lock:
+                self._probed[start + name] = version is not None
             if version is None:
                 if name not in marked or self._is_folder(join(folder, name)):
                     found[name] = Entry(start + name, is_folder=True)

@@ -221,7 +221,7 @@ heads = st.builds(
     seq=u63,
     commit=sixteen,
     size=st.integers(0, head.MAX_DATABASE_BYTES),
-    block_size=st.integers(head.MIN_BLOCK_BYTES, head.MAX_BLOCK_BYTES),
+    block_size=st.sampled_from([1 << n for n in range(9, 23)]),
     nonce=eight,
     writer=st.text(),
     time_ms=u63,
@@ -249,6 +249,8 @@ def test_heads_round_trip(value: Head) -> None:
     assert head.decode(body, "it") == value
     assert head.encode(head.decode(body, "it")) == body
     assert json.loads(body.split(b"\n")[0])["format"] == 1
+    with pytest.raises(DamagedObject, match="block size"):
+        head.decode(head.encode(replace(value, block_size=4095)), "it")
 
 
 @given(maps())
