@@ -15,7 +15,7 @@ from mounting import Place, shell
 MB = 1 << 20
 SMALL_MB = 200
 SLACK_MB = 60
-IMPORT_SLACK_MB = 120  # it writes and reads: what glibc keeps of the buffers of both varies by 50 MB from run to run
+IMPORT_SLACK_MB = 80  # it writes and reads: what glibc keeps of the buffers of both varies from run to run
 FREE_GB = 20
 SCRIPT = (
     "import resource, sys; from s3blockfs.cli.main import main; code = main(sys.argv[1:]);"
