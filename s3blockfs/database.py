@@ -417,7 +417,7 @@ class Database(State):
     def close(self) -> None:
         """Forget uncommitted bytes, and the journal that would undo them; nobody has it open."""
         with self._changing():
-            if self.is_dirty:
+            if self.is_dirty and not self.is_gone:
                 self._side_files.remove(self.path + JOURNAL_SUFFIX)
             self._view.drop()
         self._lease.done(self)  # an interrupt between lease and lock may have left it in use
@@ -448,7 +448,7 @@ class Database(State):
         """The writer let go: the committed state is what counts, wherever it is now."""
         owner, self._discarding, self._abandoned = self._discarding, None, False
         self._view.drop()
-        if remove_journal:
+        if remove_journal and not self.is_gone:
             self._side_files.remove(self.path + JOURNAL_SUFFIX)
         self.checked_s = float("-inf")  # the next transaction looks again
         self._moved = True
@@ -477,7 +477,7 @@ class Database(State):
         """Another state is about to be shown; nobody is in a transaction."""
 
     def _journal(self) -> SideFile | None:
-        return self._side_files.get(self.path + JOURNAL_SUFFIX)
+        return None if self.is_gone else self._side_files.get(self.path + JOURNAL_SUFFIX)  # else a successor's
 
     def _journal_is_hot(self) -> bool:
         return (journal := self._journal()) is not None and is_hot(journal.read(0, 1))

@@ -333,7 +333,7 @@ class WalDatabase(MountedDatabase):
             raise OSError(errno.EIO, f"{self._label}: a commit failed; roll back, or close the connection")
 
     def _log(self) -> SideFile | None:
-        return self._side_files.get(self.path + LOG_SUFFIX)
+        return None if self.is_gone else self._side_files.get(self.path + LOG_SUFFIX)  # else a successor's
 
     def _scan(self) -> bool:
         """Find what was committed since the last time; whether there was anything."""

@@ -15,7 +15,7 @@ from test_lease import Writer
 
 from s3blockfs import vfs
 from s3blockfs.catalog import Catalog
-from s3blockfs.errors import Busy, CommitLost, S3BlockFSError
+from s3blockfs.errors import Busy, CommitLost, DatabaseGone, S3BlockFSError
 from s3blockfs.prefetch import Readahead
 from s3blockfs.snapshot import Version
 from s3blockfs.vfs import _DatabaseFile
@@ -379,3 +379,29 @@ def test_full_tail_waits_for_no_roll_that_has_no_thread(monkeypatch: pytest.Monk
         done.set()
         commits.join()
         assert not waits
+
+
+def test_the_journal_of_a_successor_is_nobody_elses(world: World) -> None:
+    """A commit without a journal (MEMORY, OFF) to a database that was deleted elsewhere and made anew fails, whatever
+    transaction is open on the new one, and takes nothing from that."""
+    machine, there = world.machine(), world.machine(faulty=False)
+    fill(machine, "a.db", state(1))
+    old = Process(machine, machine.open("a.db"), 1)
+    old.shared()
+    old.reserved()
+    old.exclusive()
+    old.database.write(0, state(2))
+    there.remove("a.db")
+    fill(there, "a.db", state(3))
+    new = Process(machine, machine.create("a.db", exclusive=False), 2)
+    assert new.database is not old.database
+    new.begin()
+    with pytest.raises(DatabaseGone):
+        old.database.sync(1)
+    old.unlock()
+    old.database.close()
+    assert new.journal_exists
+    new.database.write(0, state(4))
+    new.commit()
+    there.open("a.db").refresh(0)
+    assert without_counters(there.open("a.db").read(0, new.database.size)) == without_counters(state(4))
