@@ -63,8 +63,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("W1 1/1 s3blockfs mount")
         process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 1 and said.endswith("bench: interrupted\n")
+        said = process.stderr.read()  # also of a daemon that was about to start, until that has ended
+    assert process.returncode == 1 and "bench: interrupted\n" in said
     nothing_is_left(tmp_path)
 
 
