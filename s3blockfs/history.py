@@ -46,10 +46,9 @@ def roots(source: Source, head: Head, wrong: Callable[[errors.S3BlockFSError], o
         if key in pinned or head.floor < rev < head.rev:
             try:
                 root = archived(source, key)
-            except errors.ObjectNotFound:
-                if key in pinned:
-                    wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
-                continue  # a collector with a higher floor was here: it is no root any more
+            except errors.ObjectNotFound:  # also if a collector with a higher floor was here, after a restore from it
+                wrong(errors.DamagedObject(f"{source.name_of(key)}: missing"))
+                continue
             except (errors.DamagedObject, errors.NewerFormat) as error:
                 wrong(error)
                 continue

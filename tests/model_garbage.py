@@ -239,16 +239,16 @@ class Garbage:
         yield f"lists archives {_names(roots)}", _with(state, actor._replace(phase="mark", roots=roots))
 
     def _mark(self, state: State, actor: Actor) -> Steps:
-        """Reads the roots (one that is gone meanwhile is none any more); what is unreachable and old enough is dead."""
+        """Reads the roots; what is unreachable and old enough is dead."""
         base = actor.base
         assert base is not None
-        roots = {r for r in actor.roots & state.archives if base.floor < r.rev < base.rev}
+        roots = {r for r in actor.roots if base.floor < r.rev < base.rev}
         if not self._has("archives above the floor are roots"):
             roots = set()
         if self._has("named snapshots are roots"):
             roots |= base.snapshots
         if not roots <= state.archives:
-            yield "misses an archive that has a name, and gives up", _next(state, actor)
+            yield "misses an archive, and gives up", _next(state, actor)
             return
         needed = base.refs.union(*(root.refs for root in roots))
         above = base.rev if not self._has("only what is not above the floor is deleted") else base.floor

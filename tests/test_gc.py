@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from engine import InlineRuntime, World, shrink_limits, small_leaves
+from engine import Call, InlineRuntime, World, shrink_limits, small_leaves
 from story import PREFIX, Story
 
 from s3blockfs import gc
@@ -16,8 +16,8 @@ from s3blockfs.errors import DamagedObject, DatabaseNotFound, S3BlockFSError, St
 from s3blockfs.fold import DUE_SEGMENTS, is_due
 from s3blockfs.format.head import NamedSnapshot
 from s3blockfs.format.keys import ObjectRef, rev_of
-from s3blockfs.gc import collect
-from s3blockfs.history import commits, open_at, roots
+from s3blockfs.gc import Report, collect
+from s3blockfs.history import commits, keep, open_at, roots
 from s3blockfs.snapshot import Snapshot
 
 RETAIN_S = 1000.0
@@ -257,6 +257,49 @@ def test_roots_that_are_collected_meanwhile_are_not_taken_for_never_having_been(
             except TooOld:
                 continue
         story.check(opened, seq)
+
+
+def test_a_restore_from_a_root_that_is_collected_then(world: World) -> None:
+    """Between the LIST and the GETs of a collector's roots: it does not know what the new head needs (I5)."""
+    story, machine = Story(world, 1, 4096), world.machine(faulty=False)
+
+    def aged(offset: int) -> None:
+        story.write(offset, b"x")
+        story.commit()
+        world.runtime.sleep(2 * RETAIN_S)
+        story.collect(RETAIN_S)
+
+    story.write(0, story.rng.randbytes(40_000))
+    story.commit()
+    keep(story.new_source(), story.heads(), story.version(), "small")
+    story.write(40_000, story.rng.randbytes(40_000))
+    story.commit()
+    for offset in range(3):
+        aged(offset)
+    large, content = story.version().head, bytes(story.model)
+    machine.copy(PREFIX, PREFIX, overwrite=True, at="small")
+
+    def restored_and_collected() -> None:
+        machine.copy(PREFIX, PREFIX, overwrite=True, at=large.seq)
+        world.runtime.sleep(2 * RETAIN_S)
+        for offset in range(3):
+            aged(offset)
+
+    asked: list[str] = []
+
+    def rule(call: Call, when: str) -> None:
+        if when == "before" and call.site == "roots" and call.operation == "GET":
+            asked.append(call.key)
+            if len(asked) == 1:
+                world.store.rule = None
+                restored_and_collected()
+
+    world.store.rule = rule
+    report = collect(story.new_source(), story.heads(), RETAIN_S)
+    world.store.rule = None
+    assert asked and report == Report()
+    found = Snapshot.load(story.new_source(), story.version())
+    assert found.read(3, 80_000) == content[3:]
 
 
 def test_mostly_dead_objects_are_compacted(world: World) -> None:
