@@ -13,7 +13,6 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -386,12 +385,3 @@ def test_the_bounds_can_fail() -> None:
         bytes(MOST_BYTES + 1)
     with pytest.raises(KeyError), bounded():
         raise KeyError
-
-
-@pytest.mark.parametrize("size", [511, 4095, 3 << 16])
-def test_a_block_size_that_is_no_power_of_two_is_damage(size: int) -> None:
-    """Blocks would not line up with the groups that they are stored in."""
-    made = Head(bytes(16), 1, 1, bytes(16), 0, size, bytes(8), "me", 0, name="a")
-    with pytest.raises(DamagedObject, match="block size"):
-        head.decode(head.encode(made), "it")
-    assert head.decode(head.encode(replace(made, block_size=1 << 16)), "it").block_size == 1 << 16

@@ -196,7 +196,7 @@ def decode(body: bytes, name: str) -> Head:
         raise DamagedObject(f"{name}: sections do not fill the head")
     inline, tail = rest[:map_bytes], rest[map_bytes : -_TRAILER.size]
     head = Head(**values, extents=extents.decode(inline, name), tail=Tail.decode(tail, name))
-    if head.block_size < MIN_BLOCK_BYTES or head.block_size & (head.block_size - 1):
+    if head.block_size < MIN_BLOCK_BYTES:
         raise DamagedObject(f"{name}: block size {head.block_size}")
     if head.leaves and (head.leaves[0].first != 0 or any(a.first >= b.first for a, b in pairwise(head.leaves))):
         raise DamagedObject(f"{name}: leaves of the block map out of order")
