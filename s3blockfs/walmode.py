@@ -302,9 +302,8 @@ class WalDatabase(MountedDatabase):
             checks = thread and thread == self._threads.get(CHECKPOINT) and self._is_checkpointing()
             # A thread that checkpoints knows nothing of what another of its process is about to commit.
             found = (writer is None or (writer.pid == pid and not checks)) and self._scan()
-            if writer is None:  # with locking_mode=EXCLUSIVE FULL waits for one, NORMAL has several behind it
-                found = self._unsynced == 1
-            self._unsynced = 0
+            # Without a writer it is locking_mode=EXCLUSIVE: there FULL waits for one, NORMAL has several behind it.
+            found, self._unsynced = found if writer else self._unsynced == 1, 0
             try:
                 self._require_settled()
                 self._flush(ends=found)
@@ -432,8 +431,10 @@ class WalDatabase(MountedDatabase):
         if self.is_logged and not list(self.locks):
             self._soon(self.tidy)
         if self._gate.acquire(blocking=False):
-            self._give_lease()  # no unlock tells that a checkpoint published the last that waited
-            self._gate.release()
+            try:
+                self._give_lease()  # no unlock tells that a checkpoint published the last that waited
+            finally:
+                self._gate.release()
 
     def _flush_soon(self) -> bool:
         with self._changing():
@@ -481,10 +482,9 @@ class WalDatabase(MountedDatabase):
         if self._pending:
             self._recover_now()
         with self._changing():
-            if self.is_logged and not self._broken:
-                self._scan()
-                if not self._has_flushed():
-                    log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, "it is closed")
+            self._scan()
+            if self.is_logged and not self._broken and not self._has_flushed():
+                log.error("%s: transactions that were not yet in S3 are lost: %s", self._label, "it is closed")
             if self.is_logged:  # else what is there is perhaps of the next one that has it open
                 self._end_log()
         super().close()
